@@ -1,0 +1,57 @@
+# Every target sets itself up in .venv; nothing but Python 3.11+ and make is needed.
+# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply as usual.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test slow lint format notebooks clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+# A demo that was interrupted left its checkpoint behind: go on from there.
+demo: $(STAMPS)/recipes ## train on real images with and without gradient centralization
+	$(BIN)/gcfunc train $(if $(wildcard $(DEMO)/checkpoint.pt),--resume,--compare --out) $(DEMO)
+
+test: $(STAMPS)/dev ## run every test, doctest and notebook
+	$(BIN)/python -m pytest
+	$(if $(NOTEBOOKS),$(BIN)/python -m pytest --nbmake $(NOTEBOOKS))
+
+slow: $(STAMPS)/dev ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMPS)/dev ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMPS)/dev ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(STAMPS)/dev ## execute the notebooks again, keeping their outputs
+	$(if $(NOTEBOOKS),$(BIN)/jupytext --sync --execute $(NOTEBOOKS),@echo "no notebooks yet")
+
+clean: ## remove the environment, caches and training output
+	rm -rf $(VENV) build dist runs *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch and the build backend go first: the constraints then hold while gcfunc itself is built.
+$(STAMPS)/venv: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gcfunc needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch setuptools
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/recipes $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,37 @@
+"""Gradient centralization for PyTorch: pure functional optimizers, compiled."""
+
+from importlib.metadata import version as _version
+
+from gcfunc._optimizer import Optimizer
+from gcfunc._types import GC, State, update_hyperparams
+from gcfunc.adagrad import adagrad
+from gcfunc.adam import adam, adamw
+from gcfunc.centralize import Units, centralize
+from gcfunc.checkpoint import load_state_dict, state_dict
+from gcfunc.lookahead import lookahead, ranger
+from gcfunc.partition import partition
+from gcfunc.radam import radam
+from gcfunc.select import select
+from gcfunc.sgd import sgd, sgdw
+
+__all__ = [
+    "GC",
+    "Optimizer",
+    "State",
+    "Units",
+    "adagrad",
+    "adam",
+    "adamw",
+    "centralize",
+    "load_state_dict",
+    "lookahead",
+    "partition",
+    "radam",
+    "ranger",
+    "select",
+    "sgd",
+    "sgdw",
+    "state_dict",
+    "update_hyperparams",
+]
+__version__ = _version("gcfunc")

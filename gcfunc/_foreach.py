@@ -1,0 +1,83 @@
+"""List arithmetic: the elementwise operations every algorithm is written in.
+
+Outside ``torch.func`` each operation is one multi-tensor ``torch._foreach_*`` call, the public way
+torch offers to its own optimizers. Those operators have no batching rule, so under
+``torch.func.vmap`` the same operation runs tensor by tensor.
+
+A *scalar* is a 0-d tensor that already has the dtype and device of the list, so that no operation
+promotes a dtype and no hyperparameter becomes a constant of a compiled graph.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+
+def _under_vmap() -> bool:
+    # Private: torch.func has no public way to ask which transforms are active.
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() is torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+# torch leaves the function unannotated.
+under_vmap: Callable[[], bool] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
+    _under_vmap
+)
+"""Whether a ``torch.func.vmap`` is active here.
+
+A constant in a compiled graph: torch.compile enters the transforms for real while it traces.
+"""
+
+
+def _lift(
+    foreach: Callable[..., Sequence[Tensor]], each: Callable[..., Tensor]
+) -> Callable[..., Tensors]:
+    def operation(xs: Tensors, *args: Any) -> Tensors:
+        if not xs:
+            return []
+        if not under_vmap():
+            return list(foreach(xs, *args))
+        columns = [[a] * len(xs) if isinstance(a, Tensor) else a for a in args]
+        return [each(*row) for row in zip(xs, *columns, strict=True)]
+
+    return operation
+
+
+add = _lift(torch._foreach_add, torch.add)
+"""``x + y``; y a list or a scalar."""
+sub = _lift(torch._foreach_sub, torch.sub)
+"""``x - y``; y a list."""
+mul = _lift(torch._foreach_mul, torch.mul)
+"""``x * y``; y a list or a scalar."""
+div = _lift(torch._foreach_div, torch.div)
+"""``x / y``; y a list or a scalar."""
+maximum = _lift(torch._foreach_maximum, torch.maximum)
+"""The larger of x and y; y a list."""
+_sqrt = _lift(torch._foreach_sqrt, torch.sqrt)
+
+
+def sqrt(xs: Tensors) -> Tensors:
+    """Square root whose derivative at 0 is finite.
+
+    The smallest normal number is added first: it vanishes against every larger x, and a second
+    moment of exactly 0 (a dead unit, an unseen embedding row) then has the derivative
+    ``big * 0 = 0`` where it would have had ``inf * 0 = nan``.
+    """
+    if not xs:
+        return []
+    tiny = torch.full((), torch.finfo(xs[0].dtype).tiny, dtype=xs[0].dtype, device=xs[0].device)
+    return _sqrt(add(xs, tiny))
+
+
+def average(xs: Tensors, keep: Tensor, ys: Tensors, take: Tensor) -> Tensors:
+    """Moving average, ``keep * x + take * y``."""
+    return add(mul(xs, keep), mul(ys, take))
+
+
+def where(condition: Tensor, xs: Tensors, ys: Tensors) -> Tensors:
+    """All of x if the scalar condition is true, all of y otherwise."""
+    return [torch.where(condition, x, y) for x, y in zip(xs, ys, strict=True)]

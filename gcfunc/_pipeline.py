@@ -1,0 +1,59 @@
+"""The one pipeline every algorithm is a case of."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gcfunc._foreach import Tensors, add, mul, sub
+from gcfunc._hyperparams import Number
+from gcfunc._optimizer import Optimizer
+from gcfunc._types import GC, Rule, Scalars, Slots, as_gc
+from gcfunc.centralize import Units, centralize_list
+
+Direction = Callable[[Tensors, Slots, Scalars], tuple[Tensors, Slots]]
+"""What an algorithm makes of a gradient: ``(u, slots, scalars) -> (u, slots)``."""
+
+
+def pipeline(
+    name: str,
+    hyperparams: Mapping[str, Number],
+    slots: Mapping[str, Callable[[Tensor], Tensor]],
+    scalars: Callable[[Tensor, Scalars], dict[str, Tensor]],
+    direction: Direction,
+    *,
+    decoupled: bool,
+    gc: GC | str | None,
+) -> Optimizer:
+    """An optimizer from its direction.
+
+    ``lr`` and ``weight_decay`` are the pipeline's own scalars; ``scalars`` gives those that
+    ``direction`` reads, and may override them.
+    """
+    gc = as_gc(gc)
+    at = gc.at if gc else None
+
+    def all_scalars(step: Tensor, h: Scalars) -> dict[str, Tensor]:
+        return {"lr": h["lr"], "weight_decay": h["weight_decay"], **scalars(step, h)}
+
+    def update(
+        params: Tensors, grads: Tensors, slots: Slots, s: Scalars, units: Sequence[Units | None]
+    ) -> tuple[Tensors, Slots]:
+        u = grads
+        if not decoupled:
+            u = add(u, mul(params, s["weight_decay"]))
+        if at == "gradient":
+            u = centralize_list(u, units)
+        u, slots = direction(u, slots, s)
+        if decoupled:
+            u = add(u, mul(params, s["weight_decay"]))
+        if at == "update":
+            u = centralize_list(u, units)
+        return sub(params, mul(u, s["lr"])), slots
+
+    return Optimizer({"": Rule(name, hyperparams, slots, all_scalars, update, gc)})
+
+
+def zeros(param: Tensor) -> Tensor:
+    """A slot that starts at zero, laid out like its parameter."""
+    return torch.zeros_like(param, requires_grad=False)

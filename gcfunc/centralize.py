@@ -1,0 +1,171 @@
+"""The formula of gradient centralization, and which leaves it applies to.
+
+Gradient centralization (Yong et al. 2020, https://arxiv.org/abs/2004.01461) projects the gradient
+of each output unit's weights onto the hyperplane of zero mean.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gcfunc import _tree
+from gcfunc._check import require_tensors
+from gcfunc._tree import Tree
+
+
+@dataclass(frozen=True)
+class Units:
+    """Which entries of a weight belong to one output unit.
+
+    Args:
+        dim: The dimension that counts output units. 0 for Linear and Conv weights, 1 for
+            transposed convolutions, whose dimension 0 is the input.
+        groups: Into how many equal blocks dimension 0 falls, each with output units of its own:
+            a transposed convolution's ``groups``. A forward convolution keeps 1 whatever its
+            groups, because each of its rows already is one unit.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> g = torch.arange(6.0).reshape(2, 3)
+        >>> gcfunc.centralize(g, where=lambda name, tensor: gcfunc.Units(dim=1))
+        tensor([[-1.5000, -1.5000, -1.5000],
+                [ 1.5000,  1.5000,  1.5000]])
+    """
+
+    dim: int = 0
+    groups: int = 1
+
+
+ROWS = Units()
+
+Predicate = Callable[[str, Tensor], "bool | Units"]
+Where = Literal["gc", "gcc"] | Predicate | Tree
+"""``"gc"``, ``"gcc"``, a predicate, or a pytree of bools (or :class:`Units`) matching params."""
+
+MIN_DIMS = {"gc": 2, "gcc": 4}
+"""The reference's rule: every weight, or convolution weights, told by their dimensions."""
+
+
+def project(g: Tensor, units: Units = ROWS) -> Tensor:
+    """The formula: ``g`` less its mean over all dimensions but the output unit's."""
+    if units.groups > 1:
+        blocks = g.reshape(units.groups, g.shape[0] // units.groups, *g.shape[1:])
+        return _less_mean(blocks, keep=(0, units.dim + 1)).reshape(g.shape)
+    return _less_mean(g, keep=(units.dim,))
+
+
+def _less_mean(g: Tensor, keep: tuple[int, ...]) -> Tensor:
+    return g - g.mean([dim for dim in range(g.ndim) if dim not in keep], keepdim=True)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic on ``dtype`` is done in: float32 for the 16-bit ones, else itself."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def centralize(tree: Tree, where: Where = "gc") -> Tree:
+    r"""Centralize gradients: subtract from each its mean over all dimensions but the first.
+
+    For a gradient :math:`G` of shape ``(units, K)`` (a convolution's trailing dimensions count as
+    one) this is the projection
+
+    .. math:: \Phi(G) = G - \tfrac1K\, G\, e e^\top = (I - \tfrac1K e e^\top)\ \text{on each row}
+
+    It is linear and idempotent. Sums run in float32 for 16-bit gradients, and the result is
+    rounded once.
+
+    A weight with a single input per unit (``K = 1``) has a zero projection: it would never train.
+    The reference does the same; :func:`gcfunc.select` leaves such weights out.
+
+    Args:
+        tree: A pytree of gradients. Nothing in it is written.
+        where: ``"gc"``, every tensor with at least 2 dimensions; ``"gcc"``, convolution weights,
+            which the reference takes as at least 4; a predicate ``(name, tensor) -> bool``; or a
+            pytree of bools with the structure of ``tree``, such as :func:`gcfunc.select` makes.
+
+    Returns:
+        A tree of the same structure. Leaves that ``where`` leaves out are the very same tensors.
+
+    Raises:
+        TypeError: a leaf is not a real floating-point strided tensor, or ``where`` is of no
+            known kind.
+        ValueError: ``where`` selects nothing, selects a tensor with fewer than 2 dimensions, or
+            does not match the structure of ``tree``.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> grads = {"weight": torch.tensor([[1.0, 2.0, 6.0]]), "bias": torch.tensor([1.0])}
+        >>> gcfunc.centralize(grads)
+        {'weight': tensor([[-2., -1.,  3.]]), 'bias': tensor([1.])}
+    """
+    flat = _tree.flatten(tree, "tree")
+    require_tensors(flat.names, flat.leaves, "tree")
+    units = resolve(where, flat.names, flat.leaves)
+    return flat.rebuild(centralize_list(flat.leaves, units))
+
+
+def centralize_list(gs: Sequence[Tensor], units: Sequence[Units | None]) -> list[Tensor]:
+    """:func:`project` for a list; ``None`` leaves a tensor out."""
+    return [
+        g if unit is None else project(g.to(compute_dtype(g.dtype)), unit).to(g.dtype)
+        for g, unit in zip(gs, units, strict=True)
+    ]
+
+
+def resolve(
+    where: Where,
+    names: Sequence[str],
+    leaves: Sequence[Tensor],
+    members: Sequence[int] | None = None,
+) -> list[Units | None]:
+    """What ``where`` means for each leaf: how it is centralized, or ``None`` for not at all.
+
+    ``members`` restricts the question to some of the leaves; a pytree of bools still has to match
+    them all.
+    """
+    members = range(len(names)) if members is None else members
+    if isinstance(where, str):
+        require_rule(where)
+        units = [ROWS if leaves[i].ndim >= MIN_DIMS[where] else None for i in members]
+    elif callable(where):
+        units = [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
+    else:
+        mask = _tree.leaves_like(_tree.flatten(where, "where"), names, "where", "params")
+        units = [_units(names[i], leaves[i], mask[i]) for i in members]
+    if not any(units):
+        shapes = [f"{names[i]} {tuple(leaves[i].shape)}" for i in members[:4]]
+        raise ValueError(
+            f"where={_show(where)} selects none of {len(members)} tensors "
+            f"({', '.join(shapes)}{', ...' if len(members) > 4 else ''}); "
+            "pass gc=None where nothing should be centralized"
+        )
+    return units
+
+
+def require_rule(where: str) -> None:
+    """Raise unless the string names one of the reference's rules."""
+    if where not in MIN_DIMS:
+        raise ValueError(f"where must be one of {', '.join(map(repr, MIN_DIMS))}, got {where!r}")
+
+
+def _units(name: str, leaf: Tensor, answer: Any) -> Units | None:
+    if isinstance(answer, bool):
+        units = ROWS if answer else None
+    elif isinstance(answer, Units):
+        units = answer
+    else:
+        raise TypeError(f"where: {name!r} must map to a bool or Units, got {answer!r}")
+    if units is not None:
+        shape = tuple(leaf.shape)
+        if leaf.ndim < 2:
+            raise ValueError(f"where selects {name!r} of shape {shape}: GC needs >= 2 dimensions")
+        if not (0 <= units.dim < leaf.ndim and units.groups >= 1 and not shape[0] % units.groups):
+            raise ValueError(f"where: {units} does not fit {name!r} of shape {shape}")
+    return units
+
+
+def _show(where: Where) -> str:
+    return repr(where) if isinstance(where, str) else f"<{type(where).__name__}>"

@@ -1,0 +1,83 @@
+"""States as flat dicts of tensors, and back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gcfunc._tree import require_names
+from gcfunc._types import State
+
+
+def state_dict(state: State) -> dict[str, Tensor]:
+    """A state as a flat ``{name: tensor}``, fit for any checkpoint format.
+
+    The names are ``"step"``, ``"hyperparams.lr"`` and so on, and ``"exp_avg.conv.weight"`` for
+    the slot ``exp_avg`` of the parameter ``conv.weight``. The tensors are detached and contiguous
+    but otherwise the state's own: save them, or clone them, before a donated step writes them.
+
+    Works with ``torch.save`` and ``torch.load(..., weights_only=True)``, with safetensors and with
+    ``torch.distributed.checkpoint``.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> state = gcfunc.sgd(lr=0.1, momentum=0.9).init({"w": torch.ones(2)})
+        >>> list(gcfunc.state_dict(state))[-2:]
+        ['hyperparams.dampening', 'momentum_buffer.w']
+    """
+    return {name: tensor.detach().contiguous() for name, tensor in _named(state).items()}
+
+
+def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
+    """The state that ``d`` holds, laid out like ``state``.
+
+    Args:
+        state: A state of the same optimizer and params, usually fresh from ``opt.init(params)``;
+            it gives structure, devices and strides, and is not changed.
+        d: What :func:`state_dict` gave.
+
+    Returns:
+        A new state with its own storage. Training goes on from it bit-exactly.
+
+    Raises:
+        ValueError: ``d`` is of another algorithm, structure, shape or dtype; all names that
+            differ are listed.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> opt, params = gcfunc.sgd(lr=0.1, momentum=0.9), {"w": torch.ones(2)}
+        >>> params, state = opt.step(params, params, opt.init(params))
+        >>> gcfunc.load_state_dict(opt.init(params), gcfunc.state_dict(state)).step
+        tensor(1)
+    """
+    if not isinstance(state, State):
+        raise TypeError(f"state must come from init or step, got {type(state).__name__}")
+    own = _named(state)
+    require_names([*d], [*own], "the checkpoint", "the state")
+    wrong = [
+        f"{name!r} is {_describe(d[name])}, expected {_describe(tensor)}"
+        for name, tensor in own.items()
+        if not isinstance(d[name], Tensor) or _describe(d[name]) != _describe(tensor)
+    ]
+    if wrong:
+        raise ValueError("the checkpoint does not match the state: " + "; ".join(wrong))
+    new = {name: torch.empty_like(t).copy_(d[name].detach()) for name, t in own.items()}
+    return State(
+        new["step"],
+        {name: new[f"hyperparams.{name}"] for name in state.hyperparams},
+        {slot: {n: new[f"{slot}.{n}"] for n in column} for slot, column in state.slots.items()},
+    )
+
+
+def _named(state: State) -> dict[str, Tensor]:
+    return (
+        {"step": state.step}
+        | {f"hyperparams.{name}": scalar for name, scalar in state.hyperparams.items()}
+        | {f"{slot}.{n}": t for slot, column in state.slots.items() for n, t in column.items()}
+    )
+
+
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,0 +1,82 @@
+"""One optimizer per group of leaves."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gcfunc import _tree
+from gcfunc._optimizer import Optimizer, join
+from gcfunc._tree import Tree
+
+Labels = Callable[[str, Tensor], Hashable] | Tree
+
+
+def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
+    """One optimizer per group of leaves: no decay on biases, another lr for the head.
+
+    Args:
+        optimizers: An optimizer for each label. Each may be a partition itself.
+        labels: The label of each leaf: a function ``(name, tensor) -> label`` of the leaf's dotted
+            name, or a pytree of labels with the structure of params. A pytree given as a group's
+            ``gc=GC(where=...)`` matches all params, not the group's alone.
+
+    Returns:
+        An optimizer whose state has each hyperparameter once per group, under ``"label.name"``.
+
+    Raises:
+        TypeError: ``optimizers`` is no mapping of labels to optimizers.
+        ValueError: it is empty, a leaf's label has no optimizer, or an optimizer has no leaf
+            (the last two from ``init`` and ``step``).
+
+    Example:
+        >>> import torch, gcfunc
+        >>> opt = gcfunc.partition(
+        ...     {"decay": gcfunc.sgd(0.1, weight_decay=1.0, gc="gc"), "rest": gcfunc.sgd(0.1)},
+        ...     lambda name, tensor: "decay" if tensor.ndim >= 2 else "rest",
+        ... )
+        >>> params = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+        >>> state = opt.init(params)
+        >>> list(state.hyperparams)
+        ['decay.lr', 'decay.weight_decay', 'rest.lr', 'rest.weight_decay']
+        >>> grads = {"weight": torch.tensor([[1.0, 3.0]]), "bias": torch.ones(1)}
+        >>> opt.step(params, grads, state)[0]
+        {'weight': tensor([[1.1000, 0.9000]]), 'bias': tensor([0.9000])}
+    """
+    if not isinstance(optimizers, Mapping) or not all(
+        isinstance(label, str) and isinstance(opt, Optimizer) for label, opt in optimizers.items()
+    ):
+        raise TypeError(f"optimizers must map labels to optimizers, got {optimizers!r}")
+    if not optimizers:
+        raise ValueError("optimizers is empty")
+    optimizers = dict(optimizers)
+
+    def assign(names: Sequence[str], leaves: Sequence[Tensor]) -> list[str]:
+        given = _labels(labels, names, leaves)
+        unknown = {
+            name: label for name, label in zip(names, given, strict=True) if label not in optimizers
+        }
+        if unknown:
+            name, label = next(iter(unknown.items()))
+            raise ValueError(
+                f"labels: {len(unknown)} leaves have a label without an optimizer, {name!r} has "
+                f"{label!r}; there are {', '.join(map(repr, optimizers))}"
+            )
+        idle = [label for label in optimizers if label not in given]
+        if idle:
+            raise ValueError(f"labels: no leaf has the label {', '.join(map(repr, idle))}")
+        inner = {label: opt.assign(names, leaves) for label, opt in optimizers.items()}
+        return [join(label, inner[label][i]) for i, label in enumerate(given)]
+
+    rules = {
+        join(label, key): rule
+        for label, opt in optimizers.items()
+        for key, rule in opt.rules.items()
+    }
+    return Optimizer(rules, assign)
+
+
+def _labels(labels: Labels, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Any]:
+    if callable(labels):
+        return [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    return _tree.leaves_like(_tree.flatten(labels, "labels"), names, "labels", "params")

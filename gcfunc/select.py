@@ -1,0 +1,108 @@
+"""A mask of what the paper means by weights, from a model's modules."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gcfunc.centralize import ROWS, Units
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR = (nn.Linear, nn.Bilinear, nn.MultiheadAttention)
+# By name, so that nothing is imported: a Linear layer that stores (inputs, outputs).
+LINEAR_BY_COLUMNS = "transformers.pytorch_utils.Conv1D"
+
+
+def select(
+    model: nn.Module,
+    where: Literal["gc", "gcc"] = "gc",
+    *,
+    layers: Mapping[type[nn.Module], Units] | None = None,
+) -> dict[str, bool | Units]:
+    """A mask that centralizes the weights of Linear and Conv layers, per output unit.
+
+    The reference's rule, ``where="gc"``, goes by the number of dimensions alone, and so reaches
+    embeddings, position tables and class tokens too. This one asks the modules:
+
+    - Linear, Bilinear, the projections of MultiheadAttention, and Conv1d, 2d and 3d, grouped ones
+      included: per row.
+    - Transposed convolutions: per output channel, which is dimension 1, within each group.
+    - The ``Conv1D`` of Hugging Face transformers, a Linear that stores its transpose: per column.
+    - Not a weight that is also an embedding's (tied heads), and not one with a single input per
+      unit, whose centralized gradient would always be zero.
+
+    Args:
+        model: The model.
+        where: ``"gc"`` for all of these, ``"gcc"`` for convolutions only (Conv1d included, which
+            the rule by dimensions leaves out).
+        layers: Further module classes and how their weights are laid out, subclasses included;
+            their parameters called "weight" something with at least 2 dimensions are selected.
+
+    Returns:
+        ``{name: True, False or Units}`` for all of ``model.named_parameters()``, to be given as
+        ``GC(where=...)`` or ``centralize(..., where=...)``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``where`` is an unknown string.
+
+    Example:
+        >>> import gcfunc
+        >>> from torch import nn
+        >>> gcfunc.select(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)))
+        {'0.weight': False, '1.weight': True}
+        >>> gcfunc.select(nn.ConvTranspose2d(8, 6, 3, groups=2, bias=False))
+        {'weight': Units(dim=1, groups=2)}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if where not in ("gc", "gcc"):
+        raise ValueError(f"where must be 'gc' or 'gcc', got {where!r}")
+    answers: dict[Tensor, set[Units | None]] = {}
+    for module in model.modules():
+        units = _layout(module, where, layers or {})
+        for name, param in _own_parameters(module):
+            fits = units is not None and "weight" in name and _inputs(param, units) > 1
+            answers.setdefault(param, set()).add(units if fits else None)
+    # A tied parameter is selected if all modules that own it agree on how.
+    agreed = {p: next(iter(a)) if len(a) == 1 else None for p, a in answers.items()}
+    return {
+        name: agreed[param] == ROWS or agreed[param] or False
+        for name, param in model.named_parameters()
+    }
+
+
+def _layout(module: nn.Module, where: str, layers: Mapping[type[nn.Module], Units]) -> Units | None:
+    for kind, units in layers.items():
+        if isinstance(module, kind):
+            return units
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return Units(dim=1, groups=module.groups)
+    if isinstance(module, CONVOLUTIONS):
+        return ROWS
+    if where == "gc" and isinstance(module, LINEAR):
+        return ROWS
+    if where == "gc" and any(
+        f"{c.__module__}.{c.__qualname__}" == LINEAR_BY_COLUMNS for c in type(module).__mro__
+    ):
+        return Units(dim=1)
+    return None
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, parametrize.ParametrizationList):
+        return  # belongs to the parametrized module, below
+    yield from module.named_parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        for name, chain in module.get_submodule("parametrizations").named_children():
+            for original, param in chain.named_parameters(recurse=False):
+                # One original of the weight's own shape (spectral norm); weight norm has two.
+                yield name if original == "original" else original, param
+
+
+def _inputs(weight: Tensor, units: Units) -> int:
+    """Inputs per output unit; 0 for what is no matrix."""
+    if weight.ndim < 2:
+        return 0
+    return weight.numel() // max(1, units.groups * weight.shape[units.dim])

@@ -1,0 +1,74 @@
+"""The case table every property is crossed with."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import gcfunc
+from gcfunc import GC, Optimizer
+
+Params = dict[str, Tensor]
+Build = Callable[[GC | str | None], Optimizer]
+
+GCS: dict[str, GC | None] = {
+    "plain": None,
+    "gc": GC("gc"),
+    "gcc": GC("gcc"),
+    "gc2": GC("gc", at="update"),
+    "gcc2": GC("gcc", at="update"),
+}
+
+# Every algorithm of the library, with every option it has on somewhere.
+ALGORITHMS: dict[str, Build] = {
+    "sgd": lambda gc: gcfunc.sgd(0.1, weight_decay=0.01, gc=gc),
+    "sgd-momentum": lambda gc: gcfunc.sgd(0.1, 0.9, 0.3, 0.01, gc=gc),
+    "sgd-nesterov": lambda gc: gcfunc.sgd(0.1, 0.9, weight_decay=0.01, nesterov=True, gc=gc),
+    "sgdw": lambda gc: gcfunc.sgdw(0.1, 0.9, 0.3, 0.01, gc=gc),
+    "adam": lambda gc: gcfunc.adam(0.01, weight_decay=0.01, gc=gc),
+    "adam-amsgrad": lambda gc: gcfunc.adam(0.01, (0.8, 0.95), 1e-6, amsgrad=True, gc=gc),
+    "adamw": lambda gc: gcfunc.adamw(0.01, weight_decay=0.1, gc=gc),
+    "adagrad": lambda gc: gcfunc.adagrad(0.1, 0.01, 0.01, 0.1, gc=gc),
+    "radam": lambda gc: gcfunc.radam(0.01, weight_decay=0.01, gc=gc),
+    "radam-decoupled": lambda gc: gcfunc.radam(
+        0.01, weight_decay=0.1, decoupled_weight_decay=True, gc=gc
+    ),
+    "lookahead": lambda gc: gcfunc.lookahead(gcfunc.sgd(0.1, 0.9, gc=gc), k=3, alpha=0.5),
+    "ranger": lambda gc: gcfunc.ranger(0.01, weight_decay=0.1, k=3, gc=gc),
+    "partition": lambda gc: gcfunc.partition(
+        {"decay": gcfunc.adamw(0.01, gc=gc), "rest": gcfunc.sgd(0.1, 0.9)},
+        lambda name, tensor: "decay" if tensor.ndim >= 2 else "rest",
+    ),
+}
+
+
+def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> Params:
+    """One weight of each common kind."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "conv2d.weight": (4, 3, 3, 3),
+        "conv1d.weight": (3, 2, 3),
+        "depthwise.weight": (4, 1, 3, 3),
+        "linear.weight": (5, 6),
+        "linear.bias": (5,),
+        "gain": (),
+    }
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def random_like(params: Params, seed: int) -> Params:
+    """Gradients: normal numbers with a mean that GC has something to subtract."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {
+        name: (0.5 + torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
+        for name, p in params.items()
+    }
+
+
+def largest_difference(a: Params, b: Params) -> float:
+    """Over all tensors, in float64."""
+    assert a.keys() == b.keys()
+    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a if a[n].numel())
