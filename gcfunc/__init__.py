@@ -8,6 +8,7 @@ from gcfunc.adagrad import adagrad
 from gcfunc.adam import adam, adamw
 from gcfunc.centralize import Units, centralize
 from gcfunc.checkpoint import load_state_dict, state_dict
+from gcfunc.compile import compile  # noqa: A004
 from gcfunc.lookahead import lookahead, ranger
 from gcfunc.partition import partition
 from gcfunc.radam import radam
@@ -23,6 +24,7 @@ __all__ = [
     "adam",
     "adamw",
     "centralize",
+    "compile",
     "load_state_dict",
     "lookahead",
     "partition",

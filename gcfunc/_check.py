@@ -19,8 +19,9 @@ def require_tensors(names: Sequence[str], leaves: Sequence[Any], what: str) -> N
                 f"{what}: {name!r} must be a tensor, got {type(leaf).__name__}; {what} is a "
                 "pytree of tensors, for example dict(model.named_parameters())"
             )
-        if leaf.layout is not torch.strided:
-            raise TypeError(f"{what}: {name!r} has layout {leaf.layout}; only strided is supported")
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            layout = "nested" if leaf.is_nested else leaf.layout
+            raise TypeError(f"{what}: {name!r} has layout {layout}; only strided is supported")
         if leaf.is_meta:
             raise TypeError(f"{what}: {name!r} is on the meta device and has no values")
         if leaf.dtype not in FLOATS:
@@ -30,8 +31,10 @@ def require_tensors(names: Sequence[str], leaves: Sequence[Any], what: str) -> N
             )
 
 
-def require_like(what: str, name: str, tensor: Tensor, param: Tensor) -> None:
+def require_like(what: str, name: str, tensor: Any, param: Tensor) -> None:
     """Raise unless the tensor has its parameter's shape, dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what}: {name!r} must be a tensor, got {type(tensor).__name__}")
     for what_differs in ("shape", "dtype", "device"):
         have, want = (getattr(t, what_differs) for t in (tensor, param))
         if have != want:

@@ -1,8 +1,9 @@
 """List arithmetic: the elementwise operations every algorithm is written in.
 
-Outside ``torch.func`` each operation is one multi-tensor ``torch._foreach_*`` call, the public way
-torch offers to its own optimizers. Those operators have no batching rule, so under
-``torch.func.vmap`` the same operation runs tensor by tensor.
+Each operation is one multi-tensor ``torch._foreach_*`` call, the operators of torch's own
+optimizers, wherever these allow it. They have no batching rule for ``torch.func.vmap``, and no
+derivative with respect to a scalar (https://github.com/pytorch/pytorch/issues/144580); there the
+same operation runs tensor by tensor.
 
 A *scalar* is a 0-d tensor that already has the dtype and device of the list, so that no operation
 promotes a dtype and no hyperparameter becomes a constant of a compiled graph.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Tensors = list[Tensor]
 
@@ -20,7 +22,7 @@ Tensors = list[Tensor]
 def _under_vmap() -> bool:
     # Private: torch.func has no public way to ask which transforms are active.
     stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() is torch._C._functorch.TransformType.Vmap for level in stack)
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 # torch leaves the function unannotated.
@@ -33,13 +35,22 @@ A constant in a compiled graph: torch.compile enters the transforms for real whi
 """
 
 
+def _forward() -> bool:
+    # Private as well. Without this, the scalar's tangent would silently count as 0.
+    return forward_ad._current_level >= 0
+
+
+_forward_mode: Callable[[], bool] = torch.compiler.assume_constant_result(_forward)  # type: ignore[no-untyped-call]
+
+
 def _lift(
     foreach: Callable[..., Sequence[Tensor]], each: Callable[..., Tensor]
 ) -> Callable[..., Tensors]:
     def operation(xs: Tensors, *args: Any) -> Tensors:
         if not xs:
             return []
-        if not under_vmap():
+        requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if not (under_vmap() or _forward_mode() or requires_grad):
             return list(foreach(xs, *args))
         columns = [[a] * len(xs) if isinstance(a, Tensor) else a for a in args]
         return [each(*row) for row in zip(xs, *columns, strict=True)]

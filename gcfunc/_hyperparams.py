@@ -23,7 +23,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta2": _FRACTION,
     "lr_decay": _NON_NEGATIVE,
     "initial_accumulator_value": _NON_NEGATIVE,
-    "k": ("an integer >= 1", lambda x: x >= 1 and x == int(x)),
+    "k": ("an integer >= 1", lambda x: 1 <= x < math.inf and x == int(x)),
     "alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
 }
 

@@ -9,18 +9,60 @@ from torch import Tensor
 
 from gcfunc import _tree
 from gcfunc._check import require_like, require_tensors
-from gcfunc._foreach import Tensors
+from gcfunc._foreach import Tensors, under_vmap
 from gcfunc._hyperparams import to_scalars
 from gcfunc._tree import Tree
-from gcfunc._types import Rule, State
+from gcfunc._types import Rule, Scalars, Slots, State, require_state
 from gcfunc.centralize import Units, compute_dtype, resolve
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Leaves that one rule steps together: one group, one device, one dtype."""
+
+    key: str
+    rule: Rule
+    device: torch.device
+    dtype: torch.dtype
+    index: list[int]
+    names: list[str]
+    units: list[Units | None]
+
+    def pick(self, tensors: Sequence[Tensor | None]) -> Tensors:
+        """The bucket's own out of one tensor for each leaf."""
+        return [t for i in self.index if (t := tensors[i]) is not None]
+
+    def scalars(self, count: Tensor, hyperparams: Scalars) -> Scalars:
+        """The step's scalars, each cast once to what the lists are computed in."""
+        own = {name: hyperparams[join(self.key, name)] for name in self.rule.hyperparams}
+        wide = compute_dtype(self.dtype)
+        return {
+            name: scalar.to(self.device, wide if scalar.is_floating_point() else scalar.dtype)
+            for name, scalar in self.rule.scalars(count, own).items()
+        }
+
+    def update(
+        self, params: Tensors, grads: Tensors, slots: Slots, scalars: Scalars
+    ) -> tuple[Tensors, Slots]:
+        """The rule's update, computed wide and rounded once."""
+        wide = compute_dtype(self.dtype)
+        params, slots = self.rule.update(
+            _cast(params, wide),
+            _cast(grads, wide),
+            {slot: _cast(column, wide) for slot, column in slots.items()},
+            scalars,
+            self.units,
+        )
+        return _cast(params, self.dtype), {
+            slot: _cast(column, self.dtype) for slot, column in slots.items()
+        }
 
 
 def _one_group(names: Sequence[str], leaves: Sequence[Tensor]) -> list[str]:
     return [""] * len(names)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Optimizer:
     """A pure functional optimizer: ``init`` makes a state, ``step`` makes the next one.
 
@@ -50,7 +92,7 @@ class Optimizer:
         slots: dict[str, dict[str, Tensor]] = {}
         for key, members in self._groups(names, leaves).items():
             rule = self.rules[key]
-            _units(rule, names, leaves, members)
+            self._units(key, names, leaves, members)
             for name, scalar in to_scalars(rule.hyperparams, device).items():
                 hyperparams[join(key, name)] = scalar
             for slot, start in rule.slots.items():
@@ -80,52 +122,84 @@ class Optimizer:
                 :class:`State`.
             ValueError: grads or state do not match params in structure, shape, dtype or device.
         """
-        names, leaves, rebuild = _tree.flatten(params, "params")
-        require_tensors(names, leaves, "params")
-        gs = _tree.leaves_like(_tree.flatten(grads, "grads"), names, "grads", "params")
-        _require_grads(names, leaves, gs)
-        groups = self._groups(names, leaves)
-        self._require_state(names, leaves, groups, state)
-
+        (names, leaves, rebuild), gs, buckets = self.check(params, grads, state)
+        old = dict(zip(names, leaves, strict=True))
         count = state.step + 1
-        new_leaves: dict[str, Tensor] = {}
+        new: dict[str, Tensor] = {}
         new_slots: dict[str, dict[str, Tensor]] = {slot: {} for slot in state.slots}
-        for key, members in groups.items():
-            rule = self.rules[key]
-            units = dict(zip(members, _units(rule, names, leaves, members), strict=True))
-            own = {name: state.hyperparams[join(key, name)] for name in rule.hyperparams}
-            scalars = rule.scalars(count, own)
-            for (device, dtype), index in _buckets(leaves, gs, members).items():
-                wide = compute_dtype(dtype)
-                bucket = [names[i] for i in index]
-                columns = {slot: [state.slots[slot][n] for n in bucket] for slot in rule.slots}
-                ps, columns = rule.update(
-                    _cast([leaves[i] for i in index], wide),
-                    _cast([gs[i] for i in index], wide),
-                    {slot: _cast(column, wide) for slot, column in columns.items()},
-                    {name: _cast_scalar(s, device, wide) for name, s in scalars.items()},
-                    [units[i] for i in index],
-                )
-                new_leaves.update(zip(bucket, _cast(ps, dtype), strict=True))
-                for slot, column in columns.items():
-                    new_slots[slot].update(zip(bucket, _cast(column, dtype), strict=True))
+        for bucket in buckets:
+            ps = bucket.pick(leaves)
+            columns = {
+                slot: [state.slots[slot][name] for name in bucket.names]
+                for slot in bucket.rule.slots
+            }
+            stepped, new_columns = bucket.update(
+                ps,
+                bucket.pick(gs),
+                columns,
+                bucket.scalars(count, state.hyperparams),
+            )
+            new.update(zip(bucket.names, _laid_out(stepped, ps), strict=True))
+            for slot, column in new_columns.items():
+                column = _laid_out(column, columns[slot])
+                new_slots[slot].update(zip(bucket.names, column, strict=True))
         return (
-            rebuild(_or_clones(new_leaves, dict(zip(names, leaves, strict=True)))),
+            rebuild(_or_clones(new, old)),
             State(
                 count,
                 {name: scalar.clone() for name, scalar in state.hyperparams.items()},
                 {
-                    slot: dict(zip(old, _or_clones(new_slots[slot], old), strict=True))
-                    for slot, old in state.slots.items()
+                    slot: dict(zip(column, _or_clones(new_slots[slot], column), strict=True))
+                    for slot, column in state.slots.items()
                 },
             ),
         )
+
+    def check(
+        self, params: Tree, grads: Tree, state: State
+    ) -> tuple[_tree.Flat, list[Tensor | None], list[Bucket]]:
+        """The arguments of :meth:`step` taken apart, or the errors that it raises."""
+        flat = _tree.flatten(params, "params")
+        require_tensors(flat.names, flat.leaves, "params")
+        gs = _tree.leaves_like(grads, flat.names, "grads", "params")
+        _require_grads(flat.names, flat.leaves, gs)
+        groups = self._groups(flat.names, flat.leaves)
+        self._require_state(flat.names, flat.leaves, groups, state)
+        return flat, gs, self._buckets(flat.names, flat.leaves, gs, groups)
 
     def _groups(self, names: Sequence[str], leaves: Sequence[Tensor]) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = {key: [] for key in self.rules}
         for i, key in enumerate(self.assign(names, leaves)):
             groups[key].append(i)
         return groups
+
+    def _buckets(
+        self,
+        names: Sequence[str],
+        leaves: Sequence[Tensor],
+        gs: Sequence[Tensor | None],
+        groups: Mapping[str, Sequence[int]],
+    ) -> list[Bucket]:
+        buckets: list[Bucket] = []
+        for key, members in groups.items():
+            units = dict(zip(members, self._units(key, names, leaves, members), strict=True))
+            alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            for i in members:
+                if gs[i] is not None:
+                    alike.setdefault((leaves[i].device, leaves[i].dtype), []).append(i)
+            for (device, dtype), index in alike.items():
+                bucket_names = [names[i] for i in index]
+                bucket_units = [units[i] for i in index]
+                buckets.append(
+                    Bucket(key, self.rules[key], device, dtype, index, bucket_names, bucket_units)
+                )
+        return buckets
+
+    def _units(
+        self, key: str, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
+    ) -> list[Units | None]:
+        gc = self.rules[key].gc
+        return resolve(gc.where, names, leaves, members) if gc else [None] * len(members)
 
     def _require_state(
         self,
@@ -134,14 +208,19 @@ class Optimizer:
         groups: Mapping[str, Sequence[int]],
         state: State,
     ) -> None:
-        if not isinstance(state, State):
-            raise TypeError(f"state must come from init or step, got {type(state).__name__}")
+        require_state(state)
         rules = [(key, self.rules[key]) for key in groups]
         hyperparams = [join(key, name) for key, rule in rules for name in rule.hyperparams]
         slots = [slot for _, rule in rules for slot in rule.slots]
         own = "this optimizer's state"
         _tree.require_names([*state.hyperparams], hyperparams, "state.hyperparams", own)
         _tree.require_names([*state.slots], slots, "state.slots", own)
+        for name, scalar in {"step": state.step, **state.hyperparams}.items():
+            if not isinstance(scalar, Tensor) or scalar.ndim:
+                raise TypeError(
+                    f"state: {name!r} must be a 0-d tensor, got {scalar!r}; "
+                    "gcfunc.update_hyperparams makes one of a number"
+                )
         for slot, column in state.slots.items():
             what = f"state.slots[{slot!r}]"
             members = [i for key, rule in rules if slot in rule.slots for i in groups[key]]
@@ -163,31 +242,23 @@ def join(key: str, name: str) -> str:
     return f"{key}.{name}" if key and name else key + name
 
 
-def _units(
-    rule: Rule, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
-) -> list[Units | None]:
-    if rule.gc is None:
-        return [None] * len(members)
-    return resolve(rule.gc.where, names, leaves, members)
-
-
-def _buckets(
-    leaves: Sequence[Tensor], gs: Sequence[Tensor | None], members: Sequence[int]
-) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i in members:
-        if gs[i] is not None:
-            buckets.setdefault((leaves[i].device, leaves[i].dtype), []).append(i)
-    return buckets
-
-
 def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """A bucket in another dtype; the very same list if it has it already."""
     return tensors if tensors[0].dtype is dtype else [t.to(dtype) for t in tensors]
 
 
-def _cast_scalar(scalar: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return scalar.to(device, dtype if scalar.is_floating_point() else scalar.dtype)
+def _laid_out(new: Tensors, old: Tensors) -> Tensors:
+    """The new tensors with the strides of the old.
+
+    They differ where a dimension has size 1 and the gradient is laid out otherwise, as that of a
+    depthwise weight in channels_last is.
+    """
+    if under_vmap():
+        return new
+    return [
+        n if n.stride() == o.stride() else torch.empty_like(o).copy_(n)
+        for n, o in zip(new, old, strict=True)
+    ]
 
 
 def _or_clones(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensors:

@@ -1,5 +1,7 @@
 """The one pipeline every algorithm is a case of."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

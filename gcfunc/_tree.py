@@ -43,13 +43,25 @@ def flatten(tree: Tree, what: str) -> Flat:
     )
 
 
-def leaves_like(flat: Flat, names: Sequence[str], what: str, like: str) -> list[Any]:
-    """The leaves of ``flat`` in the order of ``names``, which it must have exactly."""
+def leaves_like(tree: Tree, names: Sequence[str], what: str, like: str) -> list[Any]:
+    """The leaves of ``tree`` in the order of ``names``, which it must have exactly."""
+    flat = flatten(tree, what)
     if flat.names == names:
         return flat.leaves
+    if len(flat.leaves) == 1 and flat.leaves[0] is tree:
+        raise TypeError(
+            f"{what} must have the structure of {like} (leaves {_list(names)}), got a bare "
+            f"{type(tree).__name__}"
+        )
     require_names(flat.names, names, what, like)
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
     return [leaves[name] for name in names]
+
+
+def is_function(spec: Any) -> bool:
+    """Whether a user who may give a function or a tree gave a function."""
+    # Dynamo can trace neither callable() of a dict nor the union of types in isinstance.
+    return not isinstance(spec, (dict, list, tuple)) and callable(spec)
 
 
 def require_names(have: Sequence[str], want: Sequence[str], what: str, like: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gcfunc._foreach import Tensors
 from gcfunc._hyperparams import Number, check, to_scalars
-from gcfunc.centralize import Units, Where, require_rule
+from gcfunc.centralize import MIN_DIMS, Units, Where, require_rule
 
 Scalars = Mapping[str, Tensor]
 Slots = dict[str, Tensors]
@@ -48,11 +48,12 @@ class GC:
 
 def as_gc(gc: "GC | str | None") -> GC | None:
     """The ``gc=`` argument of a constructor as a :class:`GC`, or ``None`` for plain."""
-    if isinstance(gc, str):
-        return GC(where=gc)
     if gc is None or isinstance(gc, GC):
         return gc
-    raise TypeError(f"gc must be None, 'gc', 'gcc' or a gcfunc.GC, got {gc!r}")
+    if isinstance(gc, str) and gc in MIN_DIMS:
+        return GC(where=gc)
+    error = ValueError if isinstance(gc, str) else TypeError
+    raise error(f"gc must be None, 'gc', 'gcc' or a gcfunc.GC, got {gc!r}")
 
 
 class State(NamedTuple):
@@ -72,7 +73,13 @@ class State(NamedTuple):
     slots: dict[str, dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+def require_state(state: object) -> None:
+    """Raise TypeError for what is no state."""
+    if not isinstance(state, State):
+        raise TypeError(f"state must come from init or step, got {type(state).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
 class Rule:
     """One algorithm on lists of tensors that share a dtype and a device.
 
@@ -107,7 +114,7 @@ def update_hyperparams(state: State, **values: Number) -> State:
 
     Raises:
         ValueError: the state has no such hyperparameter, or the value is out of its bounds.
-        TypeError: the value is neither a number nor a real 0-d tensor.
+        TypeError: the value is neither a number nor a real 0-d tensor, or ``state`` is no state.
 
     Example:
         >>> import torch, gcfunc
@@ -115,6 +122,7 @@ def update_hyperparams(state: State, **values: Number) -> State:
         >>> float(gcfunc.update_hyperparams(state, lr=0.05).hyperparams["lr"])
         0.05
     """
+    require_state(state)
     hyperparams = dict(state.hyperparams)
     for name, value in values.items():
         keys = [key for key in hyperparams if key == name or key.endswith(f".{name}")]

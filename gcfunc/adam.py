@@ -1,5 +1,7 @@
 """Adam, with coupled or decoupled weight decay."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from gcfunc._foreach import Tensors, add, average, div, maximum, mul, sqrt

@@ -38,6 +38,12 @@ class Units:
     dim: int = 0
     groups: int = 1
 
+    def fit(self, weight: Tensor) -> bool:
+        """Whether a weight of at least 2 dimensions can be cut up like this."""
+        return (
+            0 <= self.dim < weight.ndim and self.groups >= 1 and weight.shape[0] % self.groups == 0
+        )
+
 
 ROWS = Units()
 
@@ -130,10 +136,10 @@ def resolve(
     if isinstance(where, str):
         require_rule(where)
         units = [ROWS if leaves[i].ndim >= MIN_DIMS[where] else None for i in members]
-    elif callable(where):
+    elif _tree.is_function(where):
         units = [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
     else:
-        mask = _tree.leaves_like(_tree.flatten(where, "where"), names, "where", "params")
+        mask = _tree.leaves_like(where, names, "where", "params")
         units = [_units(names[i], leaves[i], mask[i]) for i in members]
     if not any(units):
         shapes = [f"{names[i]} {tuple(leaves[i].shape)}" for i in members[:4]]
@@ -162,7 +168,7 @@ def _units(name: str, leaf: Tensor, answer: Any) -> Units | None:
         shape = tuple(leaf.shape)
         if leaf.ndim < 2:
             raise ValueError(f"where selects {name!r} of shape {shape}: GC needs >= 2 dimensions")
-        if not (0 <= units.dim < leaf.ndim and units.groups >= 1 and not shape[0] % units.groups):
+        if not units.fit(leaf):
             raise ValueError(f"where: {units} does not fit {name!r} of shape {shape}")
     return units
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gcfunc._tree import require_names
-from gcfunc._types import State
+from gcfunc._types import State, require_state
 
 
 def state_dict(state: State) -> dict[str, Tensor]:
@@ -40,8 +40,9 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
         A new state with its own storage. Training goes on from it bit-exactly.
 
     Raises:
-        ValueError: ``d`` is of another algorithm, structure, shape or dtype; all names that
-            differ are listed.
+        TypeError: ``state`` is no state, or ``d`` no mapping.
+        ValueError: ``d`` is of another algorithm, structure, shape or dtype; the message lists the
+            names that differ.
 
     Example:
         >>> import torch, gcfunc
@@ -50,9 +51,9 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
         >>> gcfunc.load_state_dict(opt.init(params), gcfunc.state_dict(state)).step
         tensor(1)
     """
-    if not isinstance(state, State):
-        raise TypeError(f"state must come from init or step, got {type(state).__name__}")
     own = _named(state)
+    if not isinstance(d, Mapping):
+        raise TypeError(f"d must map names to tensors, got {type(d).__name__}")
     require_names([*d], [*own], "the checkpoint", "the state")
     wrong = [
         f"{name!r} is {_describe(d[name])}, expected {_describe(tensor)}"
@@ -70,6 +71,7 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
 
 
 def _named(state: State) -> dict[str, Tensor]:
+    require_state(state)
     return (
         {"step": state.step}
         | {f"hyperparams.{name}": scalar for name, scalar in state.hyperparams.items()}
@@ -80,4 +82,6 @@ def _named(state: State) -> dict[str, Tensor]:
 def _describe(tensor: object) -> str:
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
+    where = " on meta" if tensor.is_meta else ""
+    layout = "" if tensor.layout is torch.strided else f" {tensor.layout}"
+    return f"{tensor.dtype} {tuple(tensor.shape)}{layout}{where}"

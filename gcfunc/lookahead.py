@@ -1,5 +1,7 @@
 """Lookahead, around any optimizer, and Ranger."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,5 +1,7 @@
 """One optimizer per group of leaves."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +28,9 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
 
     Raises:
         TypeError: ``optimizers`` is no mapping of labels to optimizers.
-        ValueError: it is empty, a leaf's label has no optimizer, or an optimizer has no leaf
-            (the last two from ``init`` and ``step``).
+        ValueError: it is empty, two groups share a name (label ``"a.b"`` and group ``"b"`` of the
+            partition labelled ``"a"``), a leaf's label has no optimizer, or an optimizer has no
+            leaf (the last two from ``init`` and ``step``).
 
     Example:
         >>> import torch, gcfunc
@@ -46,7 +49,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     if not isinstance(optimizers, Mapping) or not all(
         isinstance(label, str) and isinstance(opt, Optimizer) for label, opt in optimizers.items()
     ):
-        raise TypeError(f"optimizers must map labels to optimizers, got {optimizers!r}")
+        raise TypeError(f"optimizers must map string labels to optimizers, got {optimizers!r}")
     if not optimizers:
         raise ValueError("optimizers is empty")
     optimizers = dict(optimizers)
@@ -73,10 +76,14 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
         for label, opt in optimizers.items()
         for key, rule in opt.rules.items()
     }
+    if len(rules) < sum(len(opt.rules) for opt in optimizers.values()):
+        raise ValueError(
+            f"optimizers: two groups have one name, among {', '.join(map(repr, rules))}"
+        )
     return Optimizer(rules, assign)
 
 
 def _labels(labels: Labels, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Any]:
-    if callable(labels):
+    if _tree.is_function(labels):
         return [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-    return _tree.leaves_like(_tree.flatten(labels, "labels"), names, "labels", "params")
+    return _tree.leaves_like(labels, names, "labels", "params")

@@ -44,8 +44,9 @@ def select(
         ``GC(where=...)`` or ``centralize(..., where=...)``.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``where`` is an unknown string.
+        TypeError: ``model`` is no module, or ``layers`` does not map classes to :class:`Units`.
+        ValueError: ``where`` is an unknown string, a layer's :class:`Units` do not fit it, or a
+            lazy module has not run yet.
 
     Example:
         >>> import gcfunc
@@ -59,10 +60,19 @@ def select(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if where not in ("gc", "gcc"):
         raise ValueError(f"where must be 'gc' or 'gcc', got {where!r}")
+    layers = {} if layers is None else layers
+    if not isinstance(layers, Mapping) or not all(
+        isinstance(kind, type) and isinstance(units, Units) for kind, units in layers.items()
+    ):
+        raise TypeError(f"layers must map module classes to gcfunc.Units, got {layers!r}")
     answers: dict[Tensor, set[Units | None]] = {}
     for module in model.modules():
-        units = _layout(module, where, layers or {})
+        units = _layout(module, where, layers)
         for name, param in _own_parameters(module):
+            if nn.parameter.is_lazy(param):
+                raise ValueError(
+                    f"{name!r} of a {type(module).__name__} has no shape yet; run the model once"
+                )
             fits = units is not None and "weight" in name and _inputs(param, units) > 1
             answers.setdefault(param, set()).add(units if fits else None)
     # A tied parameter is selected if all modules that own it agree on how.
@@ -105,4 +115,6 @@ def _inputs(weight: Tensor, units: Units) -> int:
     """Inputs per output unit; 0 for what is no matrix."""
     if weight.ndim < 2:
         return 0
+    if not units.fit(weight):
+        raise ValueError(f"layers: {units} does not fit a weight of shape {tuple(weight.shape)}")
     return weight.numel() // max(1, units.groups * weight.shape[units.dim])

@@ -1,5 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
