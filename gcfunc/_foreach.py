@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 Tensors = list[Tensor]
 
@@ -35,14 +34,6 @@ A constant in a compiled graph: torch.compile enters the transforms for real whi
 """
 
 
-def _forward() -> bool:
-    # Private as well. Without this, the scalar's tangent would silently count as 0.
-    return forward_ad._current_level >= 0
-
-
-_forward_mode: Callable[[], bool] = torch.compiler.assume_constant_result(_forward)  # type: ignore[no-untyped-call]
-
-
 def _lift(
     foreach: Callable[..., Sequence[Tensor]], each: Callable[..., Tensor]
 ) -> Callable[..., Tensors]:
@@ -50,7 +41,7 @@ def _lift(
         if not xs:
             return []
         requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if not (under_vmap() or _forward_mode() or requires_grad):
+        if not (under_vmap() or requires_grad):
             return list(foreach(xs, *args))
         columns = [[a] * len(xs) if isinstance(a, Tensor) else a for a in args]
         return [each(*row) for row in zip(xs, *columns, strict=True)]
@@ -58,7 +49,13 @@ def _lift(
     return operation
 
 
-add = _lift(torch._foreach_add, torch.add)
+def _foreach_add(xs: Tensors, y: Tensors | Tensor) -> Sequence[Tensor]:
+    # Given a scalar, torch's reads its value: it would be a constant of a compiled graph, and its
+    # tangent 0.
+    return torch._foreach_add(xs, [y] * len(xs) if isinstance(y, Tensor) else y)
+
+
+add = _lift(_foreach_add, torch.add)
 """``x + y``; y a list or a scalar."""
 sub = _lift(torch._foreach_sub, torch.sub)
 """``x - y``; y a list."""

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,32 +31,35 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def check(**values: Number) -> dict[str, Number]:
-    """The same values, once each is a number or 0-d tensor within its bounds.
+    """The values as Python numbers or 0-d tensors, once each is found within its bounds.
 
     A tensor's value is not read where that would wait for a device, leave a compiled graph or
     break a vmap.
     """
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            if value.ndim or value.dtype is torch.bool or value.is_complex():
-                raise TypeError(
-                    f"{name} must be a real 0-d tensor or a number, got a tensor of shape "
-                    f"{tuple(value.shape)} and dtype {value.dtype}"
-                )
-            if torch.compiler.is_compiling() or under_vmap() or value.device.type != "cpu":
-                continue
-            number = value.item()
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
-        else:
-            number = value
-        text, within = BOUNDS[name]
-        if math.isnan(number) or not within(number):
-            raise ValueError(f"{name} must be {text}, got {number}")
-    return values
+    return {name: _check(name, value) for name, value in values.items()}
 
 
-def check_betas(betas: tuple[Number, Number]) -> dict[str, Number]:
+def _check(name: str, value: Any) -> Number:
+    text, within = BOUNDS[name]
+    if isinstance(value, Tensor):
+        if value.ndim or value.dtype is torch.bool or value.is_complex():
+            raise TypeError(
+                f"{name} must be a real 0-d tensor or a number, got a tensor of shape "
+                f"{tuple(value.shape)} and dtype {value.dtype}"
+            )
+        if torch.compiler.is_compiling() or under_vmap() or value.device.type != "cpu":
+            return value
+        number = value.item()
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    else:
+        number = float(value)
+    if math.isnan(number) or not within(number):
+        raise ValueError(f"{name} must be {text}, got {value}")
+    return value if isinstance(value, Tensor) else number
+
+
+def check_betas(betas: Any) -> dict[str, Number]:
     """Adam's pair of decay rates, under the names they have in the state."""
     try:
         beta1, beta2 = betas

@@ -30,7 +30,9 @@ class Bucket:
 
     def pick(self, tensors: Sequence[Tensor | None]) -> Tensors:
         """The bucket's own out of one tensor for each leaf."""
-        return [t for i in self.index if (t := tensors[i]) is not None]
+        # Not in one comprehension: torch.compile cannot trace := inside of one.
+        own = [tensors[i] for i in self.index]
+        return [t for t in own if t is not None]
 
     def scalars(self, count: Tensor, hyperparams: Scalars) -> Scalars:
         """The step's scalars, each cast once to what the lists are computed in."""

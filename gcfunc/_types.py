@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from gcfunc._foreach import Tensors
-from gcfunc._hyperparams import Number, check, to_scalars
+from gcfunc._hyperparams import Number, check, check_betas, to_scalars
 from gcfunc.centralize import MIN_DIMS, Units, Where, require_rule
 
 Scalars = Mapping[str, Tensor]
@@ -53,7 +53,10 @@ def as_gc(gc: "GC | str | None") -> GC | None:
     if isinstance(gc, str) and gc in MIN_DIMS:
         return GC(where=gc)
     error = ValueError if isinstance(gc, str) else TypeError
-    raise error(f"gc must be None, 'gc', 'gcc' or a gcfunc.GC, got {gc!r}")
+    raise error(
+        "gc must be None, 'gc', 'gcc' or a gcfunc.GC, which takes a mask or a predicate as "
+        f"GC(where=...); got {gc!r}"
+    )
 
 
 class State(NamedTuple):
@@ -103,12 +106,13 @@ class Rule:
     gc: GC | None
 
 
-def update_hyperparams(state: State, **values: Number) -> State:
+def update_hyperparams(state: State, **values: Any) -> State:
     """The same state with other hyperparameters; a compiled step does not recompile.
 
     Args:
         state: A state; it is not changed.
-        values: New values by name, numbers or 0-d tensors. In a state of
+        values: New values by the names in ``state.hyperparams``, numbers or 0-d tensors;
+            ``betas=(0.9, 0.99)`` sets ``beta1`` and ``beta2``. In a state of
             :func:`gcfunc.partition`, ``lr=0.1`` sets every group's and ``**{"head.lr": 0.1}``
             that of one.
 
@@ -124,16 +128,18 @@ def update_hyperparams(state: State, **values: Number) -> State:
     """
     require_state(state)
     hyperparams = dict(state.hyperparams)
-    for name, value in values.items():
-        keys = [key for key in hyperparams if key == name or key.endswith(f".{name}")]
-        if not keys:
-            raise ValueError(
-                f"the state has no hyperparameter {name!r}; it has {', '.join(hyperparams)} "
-                "(one that an optimizer was built with 0 of may need no state and have none)"
-            )
-        plain = name.rpartition(".")[2]
-        check(**{plain: value})
-        for key in keys:
-            device = hyperparams[key].device
-            hyperparams[key] = to_scalars({plain: value}, device)[plain]
+    for qualified, value in values.items():
+        prefix, dot, name = qualified.rpartition(".")
+        for part in ("beta1", "beta2") if name == "betas" else (name,):
+            ending = prefix + dot + part
+            keys = [key for key in hyperparams if key == ending or key.endswith(f".{ending}")]
+            if not keys:
+                hint = "; momentum needs a buffer: build the optimizer with it, or with a tensor"
+                raise ValueError(
+                    f"the state has no hyperparameter {ending!r}, it has {', '.join(hyperparams)}"
+                    + (hint if part in ("momentum", "dampening") else "")
+                )
+            new = check_betas(value) if name == "betas" else check(**{name: value})
+            for key in keys:
+                hyperparams[key] = to_scalars({part: new[part]}, hyperparams[key].device)[part]
     return state._replace(hyperparams=hyperparams)

@@ -91,6 +91,7 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
         where: ``"gc"``, every tensor with at least 2 dimensions; ``"gcc"``, convolution weights,
             which the reference takes as at least 4; a predicate ``(name, tensor) -> bool``; or a
             pytree of bools with the structure of ``tree``, such as :func:`gcfunc.select` makes.
+            Tensors with fewer than 2 dimensions are left out whatever it says.
 
     Returns:
         A tree of the same structure. Leaves that ``where`` leaves out are the very same tensors.
@@ -98,8 +99,7 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
     Raises:
         TypeError: a leaf is not a real floating-point strided tensor, or ``where`` is of no
             known kind.
-        ValueError: ``where`` selects nothing, selects a tensor with fewer than 2 dimensions, or
-            does not match the structure of ``tree``.
+        ValueError: ``where`` selects nothing, or does not match the structure of ``tree``.
 
     Example:
         >>> import torch, gcfunc
@@ -164,12 +164,10 @@ def _units(name: str, leaf: Tensor, answer: Any) -> Units | None:
         units = answer
     else:
         raise TypeError(f"where: {name!r} must map to a bool or Units, got {answer!r}")
-    if units is not None:
-        shape = tuple(leaf.shape)
-        if leaf.ndim < 2:
-            raise ValueError(f"where selects {name!r} of shape {shape}: GC needs >= 2 dimensions")
-        if not units.fit(leaf):
-            raise ValueError(f"where: {units} does not fit {name!r} of shape {shape}")
+    if units is None or leaf.ndim < 2:
+        return None
+    if not units.fit(leaf):
+        raise ValueError(f"where: {units} does not fit {name!r} of shape {tuple(leaf.shape)}")
     return units
 
 

@@ -88,7 +88,7 @@ class Donated(Compiled):
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         super().__init__(opt, kwargs)
         self._graphs: dict[Any, Graph] = {}
-        self._plan: _Plan | None = None
+        self._serving: tuple[_Plan, Graph] | None = None
 
     @torch.no_grad()
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
@@ -98,13 +98,15 @@ class Donated(Compiled):
         """
         flat = _tree.flatten(params, "params")
         gs = _tree.leaves_like(grads, flat.names, "grads", "params")
-        if self._plan is None or not self._plan.serves(flat, gs, state):
+        if self._serving is None or not self._serving[0].serves(flat, gs, state):
             _, _, buckets = self._opt.check(params, grads, state)
-            self._plan = _Plan(buckets, flat, gs, state)
-        if self._plan.key not in self._graphs:
-            self._graphs[self._plan.key] = torch.compile(self._plan.in_place(), **self._kwargs)
+            plan = _Plan(buckets, flat, gs, state)
+            if plan.key not in self._graphs:
+                self._graphs[plan.key] = torch.compile(plan.in_place(), **self._kwargs)
+            self._serving = plan, self._graphs[plan.key]
+        plan, graph = self._serving
         try:
-            self._plan.run(self._graphs[self._plan.key], gs, state)
+            plan.run(graph, gs, state)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
             self._opt.check(params, grads, state)
@@ -126,6 +128,7 @@ class _Plan:
         self._tensors = flat.leaves + _slot_tensors(state)
         self._without = [g is None for g in gs]
         _require_own_memory(self._tensors)
+        self._addresses = {t.data_ptr() for t in self._tensors if t.numel()}
         self._params: list[Tensors] = []
         self._slots: list[Slots] = []
         self._buckets: list[Bucket] = []
@@ -167,12 +170,16 @@ class _Plan:
         count = state.step + 1
         graph(
             self._params,
-            [bucket.pick(gs) for bucket in self._buckets],
+            [self._apart(bucket.pick(gs)) for bucket in self._buckets],
             self._slots,
             # Outside the graph: Inductor would inline them, powers and all, into its loops.
             [bucket.scalars(count, state.hyperparams) for bucket in self._buckets],
         )
         state.step.copy_(count)
+
+    def _apart(self, gs: Tensors) -> Tensors:
+        """The gradients, copied where they are the very tensors to be written."""
+        return [g.clone() if g.data_ptr() in self._addresses else g for g in gs]
 
     def in_place(self) -> Graph:
         """The function that is compiled. It holds on to none of the tensors."""
