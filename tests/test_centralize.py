@@ -208,6 +208,41 @@ def test_updates_have_zero_mean_rows(name: str, where: Any) -> None:
             assert float(moved.mean(1).abs().max()) <= ROUNDING, (t, leaf)
 
 
+# The decay that joins the gradient.
+COUPLED = dict.fromkeys(["sgd", "sgd-momentum", "sgd-nesterov", "adam", "adagrad", "radam"], 0.01)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_at_the_gradient_the_algorithm_is_plain_otherwise(name: str) -> None:
+    """A step with GC is a plain step on a gradient that was centralized by hand."""
+    opt, plain = ALGORITHMS[name](GC("gc")), ALGORITHMS[name](None)
+    a = b = make_params()
+    state_a, state_b = opt.init(a), plain.init(b)
+    decay = COUPLED.get(name, 0.0)
+    for t in range(4):
+        grads = random_like(a, t)
+        centralized = {
+            n: brute_force(g + decay * b[n]) - decay * b[n] for n, g in grads.items() if g.ndim > 1
+        }
+        a, state_a = opt.step(a, grads, state_a)
+        b, state_b = plain.step(b, grads | centralized, state_b)
+    assert largest_difference(a, b) <= 10 * ROUNDING
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_at_the_update_the_algorithm_is_plain_before(name: str) -> None:
+    """A step with GC is a plain step whose displacement was centralized by hand."""
+    opt, plain = ALGORITHMS[name](GC("gc", at="update")), ALGORITHMS[name](None)
+    start = make_params()
+    grads = random_like(start, 0)
+    new, state = opt.step(start, grads, opt.init(start))
+    expected, plain_state = plain.step(start, grads, plain.init(start))
+    by_hand = {n: p + brute_force(expected[n] - p) for n, p in start.items() if p.ndim > 1}
+    assert largest_difference(new, expected | by_hand) <= ROUNDING
+    for slot in state.slots.keys() - {"slow_params"}:
+        assert largest_difference(state.slots[slot], plain_state.slots[slot]) == 0
+
+
 @pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "sgd-nesterov"])
 def test_gradient_is_enough_where_the_direction_is_linear(name: str) -> None:
     at_gradient, at_update = ALGORITHMS[name](GC("gc")), ALGORITHMS[name](GC("gc", at="update"))

@@ -1,6 +1,6 @@
 """Every kind of tensor that real models hand over: layouts, layers, ties, gaps, dtypes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,15 +14,6 @@ from tests.cases import ALGORITHMS, GCS, Params, largest_difference, make_params
 
 WHERES = {name: GCS[name] for name in ("plain", "gc", "gc2")}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that share tiny tensors mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
