@@ -1,0 +1,187 @@
+"""The ``gcfunc`` command."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gcfunc
+from gcfunc.recipes.config import ALGORITHMS, DATASETS, SCHEDULES, Config
+from gcfunc.recipes.errors import UsageError
+
+_EXTRA = ("matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0, 1 where the machine fails, 2 for a mistake of the user's, and as usual
+        128 plus the signal's number when stopped by one.
+    """
+    try:
+        options = vars(_parser().parse_args(argv))
+        return _train(options)
+    except UsageError as error:
+        return _fail(error, 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        return _fail(
+            f"{error.name} is not installed; training needs: pip install 'gcfunc[recipes]'", 1
+        )
+    except OSError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail(
+            "stopped without saving; a checkpoint of the last whole epoch, if any, stands", 130
+        )
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"gcfunc: error: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gcfunc", description="Gradient centralization for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"gcfunc {gcfunc.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    train = commands.add_parser(
+        "train",
+        help="train a small convolutional network on real images",
+        description="Train a small convolutional network on real images with a compiled functional "
+        "optimizer step. Writes run.json, curves.png and the weights into a folder. Ctrl-C saves a "
+        "checkpoint that --resume goes on from.",
+        # Only what was given is set, so that --resume can refuse what would contradict it.
+        argument_default=argparse.SUPPRESS,
+    )
+    data = train.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        help=f"images bundled with a package: {_or(DATASETS)} (default {Config.dataset})",
+    )
+    data.add_argument(
+        "--data",
+        metavar="DIR",
+        help="a folder with the four IDX files of Fashion-MNIST or MNIST, raw or gzipped",
+    )
+    data.add_argument(
+        "--limit", type=_integer(1), metavar="N", help="at most N images to train on and to test on"
+    )
+    optimizer = train.add_argument_group("optimizer")
+    optimizer.add_argument(
+        "--optimizer",
+        choices=list(ALGORITHMS),
+        help=f"{_or(ALGORITHMS)} (default {Config.optimizer})",
+    )
+    optimizer.add_argument(
+        "--gc",
+        choices=["none", "gc", "gcc"],
+        help=f"centralize nothing, every weight or convolutions only (default {Config.gc})",
+    )
+    optimizer.add_argument(
+        "--at",
+        choices=["gradient", "update"],
+        help=f"centralize the gradient or what the optimizer makes of it (default {Config.at})",
+    )
+    optimizer.add_argument("--lr", type=float, help=f"learning rate ({_defaults('lr')})")
+    optimizer.add_argument(
+        "--weight-decay",
+        type=float,
+        metavar="WD",
+        help=f"weight decay ({_defaults('weight_decay')})",
+    )
+    optimizer.add_argument("--momentum", type=float, help=f"({_defaults('momentum')})")
+    optimizer.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
+    optimizer.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help=f"how the learning rate goes, without a recompile (default {Config.schedule})",
+    )
+    optimizer.add_argument("--eager", action="store_true", help="do not compile the step")
+    runs = train.add_argument_group("runs")
+    runs.add_argument("--epochs", type=_integer(1), metavar="N", help=f"(default {Config.epochs})")
+    runs.add_argument(
+        "--batch-size", type=_integer(1), metavar="N", help=f"(default {Config.batch_size})"
+    )
+    runs.add_argument(
+        "--seed", type=_integer(0), metavar="N", help=f"the first seed (default {Config.seed})"
+    )
+    runs.add_argument(
+        "--seeds",
+        type=_integer(1),
+        metavar="N",
+        help="how many seeds to train from (default 1, with --compare 5)",
+    )
+    runs.add_argument(
+        "--compare",
+        action="store_true",
+        help="train from each seed without centralization too, and compare",
+    )
+    runs.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go (default runs/DATE-TIME)"
+    )
+    runs.add_argument(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with the session that was stopped in this folder; takes no other option",
+    )
+    return parser
+
+
+def _train(options: dict[str, Any]) -> int:
+    checkpoint = options.pop("resume", None)
+    if checkpoint is not None and options:
+        given = ", ".join("--" + option.replace("_", "-") for option in options)
+        raise UsageError(f"--resume takes every option from the checkpoint; leave out {given}")
+    # What these import is the recipes extra, which may be missing.
+    from rich.console import Console
+
+    from gcfunc.recipes import session
+
+    # Paths are printed, and brackets and colons in them mean themselves.
+    console = Console(markup=False, emoji=False, highlight=False)
+    if checkpoint is not None:
+        stopped_by = session.resume(checkpoint, console)
+    else:
+        folder = options.pop("out", None) or Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}")
+        stopped_by = session.start(Config.from_options(**options), folder, console)
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+        return value
+
+    return integer
+
+
+def _or(words: Sequence[str] | dict[str, Any]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}"
+
+
+def _defaults(attribute: str) -> str:
+    names: dict[object, list[str]] = {}
+    for name, algorithm in ALGORITHMS.items():
+        names.setdefault(getattr(algorithm, attribute), []).append(name)
+    names.pop(None, None)
+    return "default " + "; ".join(
+        f"{value} for {', '.join(users)}" for value, users in names.items()
+    )

@@ -1,0 +1,120 @@
+"""What a training run is asked to do: everything its result depends on."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gcfunc
+from gcfunc.recipes.errors import UsageError
+
+Schedule = Literal["cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A constructor, and defaults near the best for the recipe's network without centralization.
+
+    A learning rate that only suits the centralized network would make any comparison look good.
+    """
+
+    make: Callable[..., gcfunc.Optimizer]
+    lr: float
+    weight_decay: float
+    momentum: float | None = None
+
+
+ALGORITHMS = {
+    "sgd": Algorithm(gcfunc.sgd, lr=0.02, weight_decay=5e-4, momentum=0.9),
+    "sgdw": Algorithm(gcfunc.sgdw, lr=0.02, weight_decay=5e-4, momentum=0.9),
+    "adam": Algorithm(gcfunc.adam, lr=2e-3, weight_decay=5e-4),
+    "adamw": Algorithm(gcfunc.adamw, lr=2e-3, weight_decay=1e-2),
+    "adagrad": Algorithm(gcfunc.adagrad, lr=1e-2, weight_decay=5e-4),
+    "radam": Algorithm(gcfunc.radam, lr=1e-2, weight_decay=5e-4),
+    "ranger": Algorithm(gcfunc.ranger, lr=2e-2, weight_decay=1e-2),
+}
+DATASETS = ("mnist", "digits")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A request, complete: :meth:`from_options` fills in what depends on the optimizer."""
+
+    lr: float
+    weight_decay: float
+    momentum: float | None
+    nesterov: bool = False
+    optimizer: str = "sgd"
+    gc: str = "gc"
+    at: Literal["gradient", "update"] = "gradient"
+    schedule: Schedule = "cosine"
+    dataset: str = "mnist"
+    data: str | None = None
+    limit: int | None = None
+    epochs: int = 8
+    batch_size: int = 64
+    seed: int = 0
+    seeds: int = 1
+    compare: bool = False
+    eager: bool = False
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "Config":
+        """A config from the options that were given, and defaults for the others.
+
+        Raises:
+            UsageError: options that do not go together, or values out of bounds.
+        """
+        algorithm = ALGORITHMS[options.get("optimizer", cls.optimizer)]
+        if algorithm.momentum is None and {"momentum", "nesterov"} & options.keys():
+            raise UsageError(f"{options['optimizer']} takes neither --momentum nor --nesterov")
+        if options.get("gc") == "none" and options.get("compare"):
+            raise UsageError("--compare needs something to compare with: --gc gc or --gc gcc")
+        if options.get("gc") == "none" and "at" in options:
+            raise UsageError("--at says where to centralize, and --gc none does not")
+        if {"data", "dataset"} <= options.keys():
+            raise UsageError("--data and --dataset both name a dataset; give one")
+        if "data" in options:
+            options["data"] = str(Path(options["data"]).resolve())
+        defaults = {
+            "lr": algorithm.lr,
+            "weight_decay": algorithm.weight_decay,
+            "momentum": algorithm.momentum,
+            "seeds": 5 if options.get("compare") else 1,
+        }
+        config = cls(**(defaults | options))
+        for variant in config.variants:
+            config.build(variant)
+        return config
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The kinds of centralization to train with, in the order of the report."""
+        return ("none", self.gc) if self.compare else (self.gc,)
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Every ``(gc, seed)`` to train, those of one seed next to each other."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        return [(gc, seed) for seed in seeds for gc in self.variants]
+
+    def build(self, gc: str) -> gcfunc.Optimizer:
+        """The optimizer, centralizing as ``gc`` says.
+
+        Raises:
+            UsageError: a hyperparameter is out of bounds.
+        """
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.momentum is not None:
+            options |= {"momentum": self.momentum, "nesterov": self.nesterov}
+        if gc != "none":
+            options["gc"] = gcfunc.GC(where=gc, at=self.at)
+        try:
+            return ALGORITHMS[self.optimizer].make(**options)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
