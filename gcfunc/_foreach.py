@@ -34,6 +34,11 @@ A constant in a compiled graph: torch.compile enters the transforms for real whi
 """
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic on ``dtype`` is done in: float32 for the 16-bit ones, else itself."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
 def _lift(
     foreach: Callable[..., Sequence[Tensor]], each: Callable[..., Tensor]
 ) -> Callable[..., Tensors]:
@@ -71,9 +76,10 @@ _sqrt = _lift(torch._foreach_sqrt, torch.sqrt)
 def sqrt(xs: Tensors) -> Tensors:
     """Square root whose derivative at 0 is finite.
 
-    The smallest normal number is added first: it vanishes against every larger x, and a second
-    moment of exactly 0 (a dead unit, an unseen embedding row) then has the derivative
-    ``big * 0 = 0`` where it would have had ``inf * 0 = nan``.
+    The smallest normal number is added first. It vanishes against every x above 1e-30 in float32,
+    and below that the root does against any usual eps. A second moment of exactly 0 (a dead unit,
+    an unseen embedding row) then has the derivative ``big * 0 = 0`` where it would have had
+    ``inf * 0 = nan``.
     """
     if not xs:
         return []

@@ -25,7 +25,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta2": _FRACTION,
     "lr_decay": _NON_NEGATIVE,
     "initial_accumulator_value": _NON_NEGATIVE,
-    "k": ("an integer >= 1", lambda x: 1 <= x < math.inf and x == int(x)),
+    "k": ("an integer from 1 to 2**31", lambda x: 1 <= x <= 2**31 and x == int(x)),
     "alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
 }
 
@@ -53,10 +53,15 @@ def _check(name: str, value: Any) -> Number:
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     else:
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
     if math.isnan(number) or not within(number):
         raise ValueError(f"{name} must be {text}, got {value}")
-    return value if isinstance(value, Tensor) else number
+    if isinstance(value, Tensor):
+        return value
+    return int(number) if name == "k" else number
 
 
 def check_betas(betas: Any) -> dict[str, Number]:

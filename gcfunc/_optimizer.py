@@ -9,11 +9,11 @@ from torch import Tensor
 
 from gcfunc import _tree
 from gcfunc._check import require_like, require_tensors
-from gcfunc._foreach import Tensors, under_vmap
+from gcfunc._foreach import Tensors, compute_dtype, under_vmap
 from gcfunc._hyperparams import to_scalars
 from gcfunc._tree import Tree
 from gcfunc._types import Rule, Scalars, Slots, State, require_state
-from gcfunc.centralize import Units, compute_dtype, resolve
+from gcfunc.centralize import Units, resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,8 @@ class Optimizer:
     """A pure functional optimizer: ``init`` makes a state, ``step`` makes the next one.
 
     Made by :func:`gcfunc.sgd` and its sisters, not by hand. It holds no tensors but hyperparameters
-    given as tensors, and may serve any number of models.
+    given as tensors, and may serve any number of models. It is code, not data: to go on elsewhere,
+    build it again and load the state.
     """
 
     rules: Mapping[str, Rule]
@@ -116,7 +117,8 @@ class Optimizer:
             state: From :meth:`init` or the step before.
 
         Returns:
-            ``(params, state)`` with the structure, dtypes, devices and strides of the arguments.
+            ``(params, state)`` with the structure, dtypes and devices of the arguments, and their
+            strides where these leave no gaps; views of something larger become dense.
             Arithmetic on 16-bit parameters runs in float32 and is rounded once, on the way out.
 
         Raises:
@@ -124,7 +126,7 @@ class Optimizer:
                 :class:`State`.
             ValueError: grads or state do not match params in structure, shape, dtype or device.
         """
-        (names, leaves, rebuild), gs, buckets = self.check(params, grads, state)
+        (names, leaves, rebuild), gs, buckets = self.prepare(params, grads, state)
         old = dict(zip(names, leaves, strict=True))
         count = state.step + 1
         new: dict[str, Tensor] = {}
@@ -157,7 +159,7 @@ class Optimizer:
             ),
         )
 
-    def check(
+    def prepare(
         self, params: Tree, grads: Tree, state: State
     ) -> tuple[_tree.Flat, list[Tensor | None], list[Bucket]]:
         """The arguments of :meth:`step` taken apart, or the errors that it raises."""

@@ -66,7 +66,7 @@ def is_function(spec: Any) -> bool:
 
 def require_names(have: Sequence[str], want: Sequence[str], what: str, like: str) -> None:
     """Raise ValueError unless the two hold the same names, saying which differ."""
-    missing, extra = sorted({*want} - {*have}), sorted({*have} - {*want})
+    missing, extra = sorted({*want} - {*have}), sorted({*have} - {*want}, key=repr)
     if missing or extra:
         parts = [f"{what} does not match {like}"]
         parts += [f"missing {_list(missing)}"] if missing else []

@@ -64,7 +64,8 @@ class State(NamedTuple):
 
     Attributes:
         step: How many steps were taken, a 0-d int64 tensor.
-        hyperparams: 0-d float64 tensors by name (``lr``, ``weight_decay``, ``beta1``, ...);
+        hyperparams: 0-d float64 tensors by name (``lr``, ``weight_decay``, ``beta1``, ...; int64
+            for lookahead's ``k``);
             :func:`gcfunc.update_hyperparams` changes them. In a state of
             :func:`gcfunc.partition` each name starts with its group's label and a dot.
         slots: The algorithm's running quantities under torch.optim's names, each a dict from the
@@ -109,6 +110,9 @@ class Rule:
 def update_hyperparams(state: State, **values: Any) -> State:
     """The same state with other hyperparameters; a compiled step does not recompile.
 
+    ``step`` and ``slots`` are shared with the state given, so that of the two only one may be
+    handed to a donated step.
+
     Args:
         state: A state; it is not changed.
         values: New values by the names in ``state.hyperparams``, numbers or 0-d tensors;
@@ -132,7 +136,8 @@ def update_hyperparams(state: State, **values: Any) -> State:
         prefix, dot, name = qualified.rpartition(".")
         for part in ("beta1", "beta2") if name == "betas" else (name,):
             ending = prefix + dot + part
-            keys = [key for key in hyperparams if key == ending or key.endswith(f".{ending}")]
+            alone = dot and ending in hyperparams
+            keys = [ending] if alone else [k for k in hyperparams if f".{k}".endswith(f".{ending}")]
             if not keys:
                 hint = "; momentum needs a buffer: build the optimizer with it, or with a tensor"
                 raise ValueError(

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from gcfunc import _tree
 from gcfunc._check import require_tensors
+from gcfunc._foreach import compute_dtype
 from gcfunc._tree import Tree
 
 
@@ -65,11 +65,6 @@ def project(g: Tensor, units: Units = ROWS) -> Tensor:
 
 def _less_mean(g: Tensor, keep: tuple[int, ...]) -> Tensor:
     return g - g.mean([dim for dim in range(g.ndim) if dim not in keep], keepdim=True)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype arithmetic on ``dtype`` is done in: float32 for the 16-bit ones, else itself."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def centralize(tree: Tree, where: Where = "gc") -> Tree:

@@ -1,4 +1,4 @@
-"""Compiled stepping: the whole step as one graph, in place where the old values are given up."""
+"""Compiled stepping: all arithmetic on params as one graph, in place where they are given up."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def compile(  # noqa: A001
 
     Returns:
         An object with the same ``init`` and ``step``. A changed hyperparameter does not compile
-        again; params of another structure do.
+        again. Params of other names or shapes do, and so does another pattern of missing gradients:
+        once each if donated, and up to torch's limit of 8 if not. A donated step keeps the tensors
+        of its latest call alive.
 
     Raises:
         TypeError: ``opt`` is no optimizer of this library, or compiled already.
-        ValueError: from a donated ``step``: tensors share memory, so that they cannot be updated
-            in place. Besides, what :meth:`gcfunc.Optimizer.step` raises.
+        ValueError: from a donated ``step``: tensors may share memory, because one overlaps itself
+            or the address ranges of two overlap, so that they cannot be updated in place. Besides,
+            what :meth:`gcfunc.Optimizer.step` raises.
 
     Example:
         >>> import torch, gcfunc
@@ -91,6 +94,11 @@ class Donated(Compiled):
         self._serving: tuple[_Plan, Graph] | None = None
 
     @torch.no_grad()
+    def init(self, params: Tree) -> State:
+        """As :meth:`gcfunc.Optimizer.init`, but no autograd history is recorded."""
+        return super().init(params)
+
+    @torch.no_grad()
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
         """As :meth:`gcfunc.Optimizer.step`, but params and state are updated in place.
 
@@ -98,18 +106,19 @@ class Donated(Compiled):
         """
         flat = _tree.flatten(params, "params")
         gs = _tree.leaves_like(grads, flat.names, "grads", "params")
-        if self._serving is None or not self._serving[0].serves(flat, gs, state):
-            _, _, buckets = self._opt.check(params, grads, state)
+        serving = self._serving  # read once: another thread may step another model
+        if serving is None or not serving[0].serves(flat, gs, state):
+            _, _, buckets = self._opt.prepare(params, grads, state)
             plan = _Plan(buckets, flat, gs, state)
             if plan.key not in self._graphs:
                 self._graphs[plan.key] = torch.compile(plan.in_place(), **self._kwargs)
-            self._serving = plan, self._graphs[plan.key]
-        plan, graph = self._serving
+            serving = self._serving = plan, self._graphs[plan.key]
+        plan, graph = serving
         try:
             plan.run(graph, gs, state)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
-            self._opt.check(params, grads, state)
+            self._opt.prepare(params, grads, state)
             raise
         return params, state
 
@@ -126,6 +135,7 @@ class _Plan:
     ) -> None:
         self._names = flat.names
         self._tensors = flat.leaves + _slot_tensors(state)
+        self._places = _places(flat.leaves)
         self._without = [g is None for g in gs]
         _require_own_memory(self._tensors)
         self._addresses = {t.data_ptr() for t in self._tensors if t.numel()}
@@ -135,12 +145,15 @@ class _Plan:
         self._hands: list[list[_Hand]] = []
         for bucket in buckets:
             ps = bucket.pick(flat.leaves)
-            hands = [_hand(p, u) for p, u in zip(ps, bucket.units, strict=True)]
+            columns = {s: [state.slots[s][n] for n in bucket.names] for s in bucket.rule.slots}
+            hands = [
+                _hand(u, [p, *slots])
+                for u, p, *slots in zip(bucket.units, ps, *columns.values(), strict=True)
+            ]
             units = [
                 Units(p.ndim - 1) if hand is _turn else u
                 for p, u, hand in zip(ps, bucket.units, hands, strict=True)
             ]
-            columns = {s: [state.slots[s][n] for n in bucket.names] for s in bucket.rule.slots}
             self._params.append([hand(p) for p, hand in zip(ps, hands, strict=True)])
             self._slots.append(
                 {
@@ -151,8 +164,8 @@ class _Plan:
             self._buckets.append(replace(bucket, units=units))
             self._hands.append(hands)
         self.key = tuple(
-            (b.key, b.device, b.dtype, tuple(b.units), *((p.shape, p.stride()) for p in ps))
-            for b, ps in zip(self._buckets, self._params, strict=True)
+            (b.key, b.device, b.dtype, *b.units, *hands, *((p.shape, p.stride()) for p in ps))
+            for b, hands, ps in zip(self._buckets, self._hands, self._params, strict=True)
         )
 
     def serves(self, flat: _tree.Flat, gs: Sequence[Tensor | None], state: State) -> bool:
@@ -162,6 +175,7 @@ class _Plan:
             flat.names == self._names
             and len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
+            and _places(flat.leaves) == self._places
             and [g is None for g in gs] == self._without
         )
 
@@ -192,8 +206,8 @@ class _Plan:
                 gs = [hand(g) for g, hand in zip(grads[i], hands[i], strict=True)]
                 for g, p in zip(gs, params[i], strict=True):
                     # While it is traced only: another shape might broadcast.
-                    assert g.shape == p.shape
-                    assert g.dtype == p.dtype
+                    if g.shape != p.shape or g.dtype != p.dtype:
+                        raise ValueError("a gradient does not fit its parameter")
                 new, columns = bucket.update(params[i], gs, slots[i], scalars[i])
                 _write(params[i], new)
                 for slot, column in columns.items():
@@ -210,11 +224,11 @@ def _write(old: Tensors, new: Tensors) -> None:
 _Hand = Callable[[Tensor], Tensor]
 
 
-def _hand(param: Tensor, units: Units | None) -> _Hand:
-    """The view of a weight, its slots and its gradient in which the graph gets them."""
-    if param.ndim == 0:
+def _hand(units: Units | None, written: Tensors) -> _Hand:
+    """The view in which the graph gets a parameter, its slots and its gradient."""
+    if written[0].ndim == 0:
         return _as_vector
-    return _turn if units == ROWS and param.ndim > 1 and param.is_contiguous() else _as_is
+    return _turn if units == ROWS and any(t.is_contiguous() for t in written) else _as_is
 
 
 def _as_is(t: Tensor) -> Tensor:
@@ -231,6 +245,11 @@ def _turn(t: Tensor) -> Tensor:
 def _as_vector(t: Tensor) -> Tensor:
     # Inductor loses in-place writes to 0-d float64 tensors on the CPU.
     return t.detach().view(1)
+
+
+def _places(params: Tensors) -> list[tuple[Any, ...]]:
+    """Where params lie: ``param.data = other`` keeps the object and moves it."""
+    return list(zip(map(Tensor.data_ptr, params), map(Tensor.stride, params), strict=True))
 
 
 def _slot_tensors(state: State) -> Tensors:
@@ -254,6 +273,7 @@ def _require_own_memory(tensors: Tensors) -> None:
     for (_, end), (start, _) in itertools.pairwise(spans):
         if start < end:
             raise ValueError(
-                "two tensors of params and state share memory and cannot be updated in place; "
-                "list tied weights once, clone what is shared, or use donate=False"
+                "the address ranges of two tensors of params and state overlap, so that they may "
+                "share memory and cannot be updated in place; list tied weights once, clone what "
+                "is shared or interleaved, or use donate=False"
             )

@@ -57,7 +57,9 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     def assign(names: Sequence[str], leaves: Sequence[Tensor]) -> list[str]:
         given = _labels(labels, names, leaves)
         unknown = {
-            name: label for name, label in zip(names, given, strict=True) if label not in optimizers
+            name: label
+            for name, label in zip(names, given, strict=True)
+            if not isinstance(label, str) or label not in optimizers
         }
         if unknown:
             name, label = next(iter(unknown.items()))

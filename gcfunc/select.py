@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gcfunc.centralize import ROWS, Units
+from gcfunc.centralize import ROWS, Units, require_rule
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR = (nn.Linear, nn.Bilinear, nn.MultiheadAttention)
@@ -41,7 +41,8 @@ def select(
 
     Returns:
         ``{name: True, False or Units}`` for all of ``model.named_parameters()``, to be given as
-        ``GC(where=...)`` or ``centralize(..., where=...)``.
+        ``GC(where=...)`` or ``centralize(..., where=...)``. If only some of them are trained, it is
+        ``{name: mask[name] for name in params}``.
 
     Raises:
         TypeError: ``model`` is no module, or ``layers`` does not map classes to :class:`Units`.
@@ -58,8 +59,7 @@ def select(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if where not in ("gc", "gcc"):
-        raise ValueError(f"where must be 'gc' or 'gcc', got {where!r}")
+    require_rule(where)
     layers = {} if layers is None else layers
     if not isinstance(layers, Mapping) or not all(
         isinstance(kind, type) and isinstance(units, Units) for kind, units in layers.items()
@@ -77,10 +77,13 @@ def select(
             answers.setdefault(param, set()).add(units if fits else None)
     # A tied parameter is selected if all modules that own it agree on how.
     agreed = {p: next(iter(a)) if len(a) == 1 else None for p, a in answers.items()}
-    return {
-        name: agreed[param] == ROWS or agreed[param] or False
-        for name, param in model.named_parameters()
-    }
+    return {name: _plainly(agreed[param]) for name, param in model.named_parameters()}
+
+
+def _plainly(units: Units | None) -> bool | Units:
+    if units is None or units == ROWS:
+        return units is not None
+    return units
 
 
 def _layout(module: nn.Module, where: str, layers: Mapping[type[nn.Module], Units]) -> Units | None:
@@ -106,9 +109,10 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(recurse=False)
     if parametrize.is_parametrized(module):
         for name, chain in module.get_submodule("parametrizations").named_children():
+            weight = getattr(module, name)
             for original, param in chain.named_parameters(recurse=False):
-                # One original of the weight's own shape (spectral norm); weight norm has two.
-                yield name if original == "original" else original, param
+                # Of the originals, the one of the weight's own shape: weight norm has a second.
+                yield name if param.shape == weight.shape else original, param
 
 
 def _inputs(weight: Tensor, units: Units) -> int:

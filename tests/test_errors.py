@@ -500,6 +500,22 @@ CASES: dict[str, Case] = {
         ValueError,
         "where='gc' selects none of 1 tensors (fc.bias (5,))",
     ),
+    "a label of another kind": (
+        lambda: gcfunc.partition(
+            {"a": gcfunc.sgd(0.1)},
+            lambda name, tensor: ["a"],  # type: ignore[return-value]
+        ).init(PARAMS),
+        ValueError,
+        "labels: 3 leaves have a label without an optimizer, 'conv.weight' has ['a']",
+    ),
+    "a checkpoint with a number for a name": (
+        lambda: gcfunc.load_state_dict(
+            STATE,
+            {**gcfunc.state_dict(STATE), 1: torch.ones(1)},  # type: ignore[dict-item]
+        ),
+        ValueError,
+        "the checkpoint does not match the state; unexpected 1",
+    ),
     "a predicate that takes nothing": (
         where(lambda name, tensor: False),
         ValueError,
@@ -717,12 +733,12 @@ CASES: dict[str, Case] = {
     "select by an unknown rule": (
         lambda: gcfunc.select(MODEL, "conv"),  # type: ignore[arg-type]
         ValueError,
-        "where must be 'gc' or 'gcc', got 'conv'",
+        "where must be one of 'gc', 'gcc', got 'conv'",
     ),
     "select by None": (
         lambda: gcfunc.select(MODEL, None),  # type: ignore[arg-type]
         ValueError,
-        "where must be 'gc' or 'gcc', got None",
+        "where must be one of 'gc', 'gcc', got None",
     ),
     "select from a lazy model": (
         lambda: gcfunc.select(nn.Sequential(nn.LazyLinear(2))),
@@ -775,7 +791,7 @@ BOUNDS = {
     "initial_accumulator_value": NON_NEGATIVE,
     "beta1": "in [0, 1)",
     "beta2": "in [0, 1)",
-    "k": "an integer >= 1",
+    "k": "an integer from 1 to 2**31",
     "alpha": "in [0, 1]",
 }
 OUTSIDE: dict[str, list[float]] = {
@@ -783,7 +799,7 @@ OUTSIDE: dict[str, list[float]] = {
     "a finite number": [],
     "in [0, 1)": [-0.1, 1, 1.0, 1.5],
     "in [0, 1]": [-0.1, 1.5],
-    "an integer >= 1": [0, -1, 2.5, 0.5],
+    "an integer from 1 to 2**31": [0, -1, 2.5, 0.5],
 }
 NO_NUMBERS = [True, "0.1", None, 1j, [0.1], (0.1,), torch.nn.Identity]
 NO_SCALARS = [torch.ones(2), torch.ones(1), torch.tensor(True), torch.tensor(1j)]

@@ -77,3 +77,20 @@ def test_momentum_as_a_tensor_can_be_raised_from_zero() -> None:
     assert torch.equal(own["gain"], want["gain"])
     with pytest.raises(ValueError, match="momentum needs a buffer"):
         gcfunc.update_hyperparams(gcfunc.sgd(0.1).init(params), momentum=0.9)
+
+
+def test_a_full_name_is_one_group_even_where_another_ends_like_it() -> None:
+    inner = gcfunc.partition({"head": gcfunc.sgd(0.1)}, lambda name, tensor: "head")
+    opt = gcfunc.partition(
+        {"body": inner, "head": gcfunc.sgd(0.2)},
+        lambda name, tensor: "head" if name.startswith("linear") else "body",
+    )
+    state = gcfunc.update_hyperparams(opt.init(make_params()), **{"head.lr": 0.5})
+    assert state.hyperparams["head.lr"] == 0.5
+    assert state.hyperparams["body.head.lr"] == 0.1
+
+
+@pytest.mark.parametrize("lr", [10**400, -(10**400)])
+def test_a_number_too_large_for_a_float(lr: int) -> None:
+    with pytest.raises(ValueError, match="lr must be a finite number >= 0"):
+        gcfunc.sgd(lr)

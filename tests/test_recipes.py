@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,6 @@ def command(*options: str, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 AfterStep = Callable[[int, Callable[[], None]], None]
@@ -462,7 +453,7 @@ def test_signals_from_outside(tmp_path: Path, number: signal.Signals) -> None:
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["current"]["params"]
 
 
-def test_unfinished_session_is_not_overwritten(
+def test_unfinished_experiment_is_not_overwritten(
     tmp_path: Path,
     after_step: AfterStep,
     capsys: pytest.CaptureFixture[str],
@@ -470,7 +461,7 @@ def test_unfinished_session_is_not_overwritten(
     after_step(2, interrupt)
     main(["train", *QUICK, "--out", str(tmp_path)])
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    refused(["train", *QUICK, "--out", str(tmp_path)], "holds an unfinished session", capsys)
+    refused(["train", *QUICK, "--out", str(tmp_path)], "holds an unfinished experiment", capsys)
     refused(
         ["train", "--resume", str(tmp_path), "--lr", "1", "--batch-size", "2"],
         "leave out --lr, --batch-size",

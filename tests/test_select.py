@@ -313,8 +313,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: parametrizations.spectral_norm(nn.Embedding(4, 3)),
         NOTHING,
     ),
-    # It has a direction and a length for parameters, and neither is the weight.
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), NOTHING),
+    # Of its two parameters the direction, which has the weight's shape; lengths have one input.
+    "weight norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+        {"parametrizations.weight.original1": True},
+    ),
     "two parametrizations": (
         lambda: parametrized(nn.Linear(4, 3), Halved(), Halved()),
         {ORIGINAL: True},

@@ -1,4 +1,4 @@
-"""Where a training session stands, on disk."""
+"""Where an experiment stands, on disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _FORMAT = 1
 
 
 @dataclass
-class Session:
+class Experiment:
     """A request and how far it got.
 
     Attributes:
@@ -34,38 +34,38 @@ class Session:
     current: Mapping[str, Any] | None = None
 
 
-def save(session: Session, folder: Path) -> Path:
-    """Write the session into the folder, whole or not at all."""
+def save(experiment: Experiment, folder: Path) -> Path:
+    """Write the experiment into the folder, whole or not at all."""
     path = folder / NAME
     content = {
         "format": _FORMAT,
-        "config": session.config.to_dict(),
-        "digest": session.digest,
-        "environment": dict(session.environment),
+        "config": experiment.config.to_dict(),
+        "digest": experiment.digest,
+        "environment": dict(experiment.environment),
         "finished": [
             {"gc": run.gc, "seed": run.seed, "history": [vars(epoch) for epoch in run.history]}
-            for run in session.finished
+            for run in experiment.finished
         ],
-        "current": session.current,
+        "current": experiment.current,
     }
     save_atomically(content, path)
     return path
 
 
-def load(path: Path) -> tuple[Session, Path]:
-    """The session saved at ``path``, a checkpoint or the folder it is in; and that folder.
+def load(path: Path) -> tuple[Experiment, Path]:
+    """The experiment saved at ``path``, a checkpoint or the folder it is in; and that folder.
 
     Raises:
         UsageError: there is none, or it cannot be read.
     """
     folder, path = (path, path / NAME) if path.is_dir() else (path.parent, path)
     if not path.exists():
-        raise UsageError(f"there is no {path}; a training session that finished leaves none")
+        raise UsageError(f"there is no {path}; an experiment that finished leaves none")
     try:
         content = torch.load(path, weights_only=True)
         if content["format"] != _FORMAT:
             raise UsageError(f"{path} was written by another version of gcfunc")
-        session = Session(
+        experiment = Experiment(
             config=Config(**content["config"]),
             digest=content["digest"],
             environment=content["environment"],
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[Session, Path]:
         raise
     except Exception as error:  # torch.load raises whatever the bytes it trips over make it raise
         raise UsageError(f"{path} is not a checkpoint of gcfunc train") from error
-    return session, folder
+    return experiment, folder
 
 
 def save_atomically(content: Any, path: Path) -> None:

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="go on with the session that was stopped in this folder; takes no other option",
+        help="go on with the experiment that was stopped in this folder; takes no other option",
     )
     return parser
 
@@ -147,15 +147,15 @@ def _train(options: dict[str, Any]) -> int:
     # What these import is the recipes extra, which may be missing.
     from rich.console import Console
 
-    from gcfunc.recipes import session
+    from gcfunc.recipes import experiment
 
     # Paths are printed, and brackets and colons in them mean themselves.
     console = Console(markup=False, emoji=False, highlight=False)
     if checkpoint is not None:
-        stopped_by = session.resume(checkpoint, console)
+        stopped_by = experiment.resume(checkpoint, console)
     else:
         folder = options.pop("out", None) or Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}")
-        stopped_by = session.start(Config.from_options(**options), folder, console)
+        stopped_by = experiment.start(Config.from_options(**options), folder, console)
     return 0 if stopped_by is None else 128 + stopped_by
 
 

@@ -1,4 +1,4 @@
-"""What a training session leaves behind: a table, curves and a JSON file."""
+"""What an experiment leaves behind: a table, curves and a JSON file."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def write_json(
     runs: Sequence[Finished],
     facts: Mapping[str, Any],
 ) -> None:
-    """The session as JSON: facts about it, the config, every epoch, and the summary.
+    """The experiment as JSON: facts about it, the config, every epoch, and the summary.
 
     Numbers that are not finite, as where a run diverged, become ``null``.
     """

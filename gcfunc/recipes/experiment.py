@@ -1,4 +1,4 @@
-"""A training session from its first run to its report."""
+"""An experiment from its first run to its report."""
 
 import platform
 import shlex
@@ -15,7 +15,7 @@ from rich.console import Console
 
 import gcfunc
 from gcfunc.recipes import checkpoint, compiler, data, report, summary
-from gcfunc.recipes.checkpoint import Session
+from gcfunc.recipes.checkpoint import Experiment
 from gcfunc.recipes.config import Config
 from gcfunc.recipes.data import Dataset
 from gcfunc.recipes.display import Display
@@ -31,29 +31,29 @@ def start(config: Config, folder: Path, console: Console) -> signal.Signals | No
         The signal that stopped it, after a checkpoint was saved; ``None`` if it finished.
 
     Raises:
-        UsageError: the data cannot be read, or ``folder`` holds an unfinished session.
+        UsageError: the data cannot be read, or ``folder`` holds an unfinished experiment.
     """
     if (folder / checkpoint.NAME).exists():
         raise UsageError(
-            f"{folder} holds an unfinished session: go on with it ({_resuming(folder)}), "
+            f"{folder} holds an unfinished experiment: go on with it ({_resuming(folder)}), "
             "choose another --out, or delete it"
         )
     dataset = _load(config)
-    return _conduct(Session(config, dataset.digest, _environment()), dataset, folder, console)
+    return _conduct(Experiment(config, dataset.digest, _environment()), dataset, folder, console)
 
 
 def resume(path: Path, console: Console) -> signal.Signals | None:
-    """Go on where a stopped session's checkpoint is; as :func:`start` otherwise."""
-    session, folder = checkpoint.load(path)
-    dataset = _load(session.config)
-    if dataset.digest != session.digest:
+    """Go on where a stopped experiment's checkpoint is; as :func:`start` otherwise."""
+    experiment, folder = checkpoint.load(path)
+    dataset = _load(experiment.config)
+    if dataset.digest != experiment.digest:
         raise UsageError(f"{dataset.name} is not the data that {path} was trained on")
     environment = _environment()
     for key, now in environment.items():
-        if (then := session.environment.get(key)) != now:
+        if (then := experiment.environment.get(key)) != now:
             console.print(f"Note: {key} was {then}, is {now}; the last digits may differ.")
-    session.environment = environment
-    return _conduct(session, dataset, folder, console)
+    experiment.environment = environment
+    return _conduct(experiment, dataset, folder, console)
 
 
 def _load(config: Config) -> Dataset:
@@ -74,9 +74,9 @@ def _environment() -> dict[str, str]:
 
 
 def _conduct(
-    session: Session, dataset: Dataset, folder: Path, console: Console
+    experiment: Experiment, dataset: Dataset, folder: Path, console: Console
 ) -> signal.Signals | None:
-    config = session.config
+    config = experiment.config
     try:
         (folder / "weights").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,17 +87,17 @@ def _conduct(
     with StopRequest() as stop:
         trainers = {gc: Trainer(config, dataset, gc) for gc in config.variants}
         why_eager = _compile(config, trainers, stop, console)
-        finished = _train(session, trainers, folder, stop, console)
+        finished = _train(experiment, trainers, folder, stop, console)
         if not finished:
-            where = checkpoint.save(session, folder)
+            where = checkpoint.save(experiment, folder)
     if not finished:
-        run = f"run {len(session.finished) + 1} of {len(config.runs)}"
+        run = f"run {len(experiment.finished) + 1} of {len(config.runs)}"
         console.print(f"Stopped in {run} and saved {where}. Go on with:", soft_wrap=True)
         console.print(f"  {_resuming(folder)}", soft_wrap=True)
         return stop.received
 
-    _report(session, dataset, folder, why_eager, console)
-    # A checkpoint is what tells an unfinished session.
+    _report(experiment, dataset, folder, why_eager, console)
+    # A checkpoint is what tells an unfinished experiment.
     (folder / checkpoint.NAME).unlink(missing_ok=True)
     return None
 
@@ -133,43 +133,45 @@ def _compile(
 
 
 def _train(
-    session: Session,
+    experiment: Experiment,
     trainers: Mapping[str, Trainer],
     folder: Path,
     stop: StopRequest,
     console: Console,
 ) -> bool:
     """Make all runs that are left, and say whether they finished."""
-    config = session.config
+    config = experiment.config
     batches = next(iter(trainers.values())).batches
     display = Display(console, len(config.runs), config.epochs, batches)
     with display.live():
-        for gc, seed in config.runs[len(session.finished) :]:
+        for gc, seed in config.runs[len(experiment.finished) :]:
             trainer = trainers[gc]
-            run = trainer.restore(session.current) if session.current else trainer.new_run(seed)
-            display.started(run, done=len(session.finished))
+            run = (
+                trainer.restore(experiment.current) if experiment.current else trainer.new_run(seed)
+            )
+            display.started(run, done=len(experiment.finished))
             while run.epoch < config.epochs:
                 if stop.received is not None:
-                    session.current = run.to_dict()
+                    experiment.current = run.to_dict()
                     return False
                 trainer.advance(run)
-                display.stepped(run, done=len(session.finished))
+                display.stepped(run, done=len(experiment.finished))
                 if run.batch == 0:
-                    session.current = run.to_dict()
-                    checkpoint.save(session, folder)
+                    experiment.current = run.to_dict()
+                    checkpoint.save(experiment, folder)
             checkpoint.save_atomically(run.params, folder / "weights" / f"{gc}-seed{seed}.pt")
-            session.finished.append(Finished(gc, seed, run.history))
-            session.current = None
-            display.finished(session.finished[-1])
+            experiment.finished.append(Finished(gc, seed, run.history))
+            experiment.current = None
+            display.finished(experiment.finished[-1])
     return True
 
 
 def _report(
-    session: Session, dataset: Dataset, folder: Path, why_eager: str | None, console: Console
+    experiment: Experiment, dataset: Dataset, folder: Path, why_eager: str | None, console: Console
 ) -> None:
-    config, runs = session.config, session.finished
+    config, runs = experiment.config, experiment.finished
     facts = {
-        "environment": session.environment,
+        "environment": experiment.environment,
         "data": {
             "name": dataset.name,
             "train": len(dataset.train),
