@@ -19,6 +19,16 @@ from gcfunc._tree import Tree
 from gcfunc._types import Scalars, Slots, State
 from gcfunc.centralize import ROWS, Units
 
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    # By default Inductor writes the moments to memory and reads them again for the parameter, as
+    # the 0-d scalars they are made of count as reads.
+    "realize_reads_threshold": 64,
+    "realize_opcount_threshold": 256,
+    # Dynamo's guards have just checked the same sizes and strides.
+    "size_asserts": False,
+}
+"""What :func:`compile` tells Inductor, for its own graphs alone."""
+
 Graph = Callable[[list[Tensors], list[Tensors], list[Slots], list[Scalars]], None]
 
 
@@ -32,7 +42,7 @@ def compile(  # noqa: A001
         donate: ``True``: ``step`` updates the params and the state it is handed in place and
             returns them, at the memory cost of torch.optim. ``False``: ``step`` stays pure.
         torch_compile_kwargs: For :func:`torch.compile`, such as ``mode`` or ``options``.
-            ``fullgraph=True`` is set already.
+            ``fullgraph=True`` is set already, and a few of Inductor's options are; yours win.
 
     Returns:
         An object with the same ``init`` and ``step``. A changed hyperparameter does not compile
@@ -58,6 +68,10 @@ def compile(  # noqa: A001
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt must be an optimizer such as gcfunc.sgd(0.1), got {opt!r}")
     kwargs = {"fullgraph": True, **torch_compile_kwargs}
+    if kwargs.get("backend", "inductor") == "inductor":
+        # torch.compile takes either a mode or options.
+        mode = torch._inductor.list_mode_options(kwargs.pop("mode", None) or "default")
+        kwargs["options"] = INDUCTOR_OPTIONS | mode | (kwargs.get("options") or {})
     # All functions compiled from one piece of source share a limit of 8 compilations unless told
     # otherwise, which torch can be since 2.13.
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import metrics
 
 import gcfunc
 from gcfunc import GC, Optimizer, State, Units
@@ -360,6 +361,27 @@ def test_bad_gradients_change_nothing(grad: Any, message: str, steps: int) -> No
     with pytest.raises((ValueError, TypeError), match=message):
         opt.step(params, {"w": grad}, state)
     assert all(map(torch.equal, tensors_of(params, state), copies))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"mode": "reduce-overhead"}, {"options": {"dce": True}}], ids=str
+)
+def test_modes_and_options_of_torch(kwargs: dict[str, Any]) -> None:
+    assert_equals_pure(gcfunc.adamw(0.01, gc="gc"), make_params(), 1e-12, **kwargs)
+
+
+def test_moments_are_not_read_back_from_memory() -> None:
+    """Two loops for a weight, its mean and its update: what the options of compile.py are for."""
+    opt = gcfunc.adamw(0.01, gc="gc")
+    params = {"a": torch.randn(8, 32), "b": torch.randn(8, 48)}
+    loops = []
+    for options in ({}, {"realize_reads_threshold": 4, "realize_opcount_threshold": 30}):
+        torch.compiler.reset()
+        metrics.reset()
+        compiled = gcfunc.compile(opt, options={"fx_graph_cache": False, **options})
+        compiled.step(params, random_like(params, 0), opt.init(params))
+        loops.append(metrics.generated_kernel_count)
+    assert loops[0] < loops[1]
 
 
 def test_only_optimizers_are_compiled() -> None:
