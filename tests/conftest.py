@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +14,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled and nothing counted yet; nothing left behind."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()

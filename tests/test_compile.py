@@ -1,6 +1,6 @@
 """``torch.compile(opt.step, fullgraph=True)``: one graph, the same numbers, no recompiles."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,12 +26,7 @@ SHAPES = {
 TOLERANCES = {torch.int64: 0.0, torch.float64: 1e-12, torch.float32: 2e-6}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def draw(seed: int) -> Params:

@@ -1,0 +1,49 @@
+"""The code in the README runs as it stands."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gcfunc
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_loop_then_the_checkpoint_then_the_mask(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scope: dict[str, Any] = {
+        "model": model,
+        "loss_fn": nn.CrossEntropyLoss(),
+        "batches": [(torch.randn(8, 1, 6, 6), torch.randint(2, (8,))) for _ in range(3)],
+        "schedule": schedule,
+        "path": tmp_path / "checkpoint.pt",
+    }
+    loop, checkpoint, mask = BLOCKS
+    exec(loop, scope)
+    params, state = scope["params"], scope["state"]
+    assert state.step == 3
+    assert state.hyperparams["lr"] == schedule(2)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert not torch.equal(params[name], p)
+    # Gradient and decay are centralized, so the mean of no row moves.
+    moved = (params["3.weight"] - before["3.weight"]).mean(1)
+    assert moved.abs().max() < 1e-7
+    assert (params["3.bias"] - before["3.bias"]).abs().max() > 1e-3
+
+    exec(checkpoint, scope)
+    assert all(map(torch.equal, scope["params"].values(), params.values()))
+    assert gcfunc.state_dict(scope["state"]).keys() == gcfunc.state_dict(state).keys()
+
+    exec(mask, scope)
+    assert scope["opt"].init(params).hyperparams["lr"] == 1e-3
+
+
+def schedule(i: int) -> float:
+    return 0.1 / (1 + i)
