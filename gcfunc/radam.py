@@ -68,11 +68,10 @@ def radam(
         rho_inf = 2 / s["1 - beta2"] - 1
         rho = rho_inf - 2 * step * (1 - s["bias2"]) / s["bias2"]
         trusted = rho > 5
-        # Below 5 the rectification has no real value, and its derivative no finite one.
+        # Where it is not trusted the ratio may be negative, and its root has no finite derivative.
         safe = torch.where(trusted, rho, 6.0)
-        rectification = (
-            (safe - 4) * (safe - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * safe)
-        ).sqrt()
+        ratio = (safe - 4) * (safe - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * safe)
+        rectification = torch.where(trusted, ratio, 1.0).sqrt()
         return s | {
             "eps": h["eps"],
             "adaptive": torch.where(trusted, rectification * s["bias2"].sqrt() / s["bias1"], 0.0),

@@ -394,3 +394,19 @@ def test_foreach_still_makes_a_scalar_a_constant() -> None:
         pytest.raises(RuntimeError, match="recompile"),
     ):
         compiled(x, LRS[1])
+
+
+@pytest.mark.parametrize("beta2", [0.5, 0.999])
+def test_radam_has_a_derivative_where_it_never_trusts_its_variance(beta2: float) -> None:
+    """With beta2 below 0.6 the rectification has no real value at any step."""
+
+    def loss(beta2: Tensor) -> Tensor:
+        params, opt = torch.ones(2, 3).double(), gcfunc.radam(0.1, (0.9, 0.99))
+        state = gcfunc.update_hyperparams(opt.init(params), beta2=beta2)
+        for t in range(3):
+            params, state = opt.step(params, torch.full((2, 3), 1.0 + t).double(), state)
+        return params.sum()
+
+    value = torch.tensor(beta2, dtype=torch.float64)
+    assert loss(value).isfinite()
+    assert torch.func.grad(loss)(value).isfinite()
