@@ -40,7 +40,7 @@ def compile(  # noqa: A001
     Args:
         opt: Any optimizer of this library.
         donate: ``True``: ``step`` updates the params and the state it is handed in place and
-            returns them, at the memory cost of torch.optim. ``False``: ``step`` stays pure.
+            returns them, as torch.optim does. ``False``: ``step`` stays pure.
         torch_compile_kwargs: For :func:`torch.compile`, such as ``mode`` or ``options``.
             ``fullgraph=True`` is set already, and a few of Inductor's options are; yours win.
 
