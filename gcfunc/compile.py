@@ -16,7 +16,7 @@ from gcfunc import _tree
 from gcfunc._foreach import Tensors
 from gcfunc._optimizer import Bucket, Optimizer
 from gcfunc._tree import Tree
-from gcfunc._types import Scalars, Slots, State
+from gcfunc._types import Scalars, Slots, State, require_state
 from gcfunc.centralize import ROWS, Units
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -120,6 +120,7 @@ class Donated(Compiled):
         """
         flat = _tree.flatten(params, "params")
         gs = _tree.leaves_like(grads, flat.names, "grads", "params")
+        require_state(state)
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, gs, state):
             _, _, buckets = self._opt.prepare(params, grads, state)

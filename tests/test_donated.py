@@ -378,6 +378,18 @@ def test_moments_are_not_read_back_from_memory() -> None:
     assert loops[0] < loops[1]
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_is_no_state_is_refused(steps: int) -> None:
+    opt = gcfunc.compile(gcfunc.sgd(0.1, 0.9), backend="aot_eager")
+    params = {"w": torch.ones(2, 3)}
+    for _ in range(steps):
+        opt.step(params, {"w": torch.ones(2, 3)}, opt.init(params))
+    before = params["w"].clone()
+    with pytest.raises(TypeError, match="state must come from init or step, got NoneType"):
+        opt.step(params, {"w": torch.ones(2, 3)}, None)  # type: ignore[arg-type]
+    assert torch.equal(params["w"], before)
+
+
 def test_only_optimizers_are_compiled() -> None:
     opt = gcfunc.compile(gcfunc.sgd(0.1))
     for wrong in (opt, torch.optim.SGD, None):
