@@ -10,6 +10,7 @@ from gcfunc.centralize import Units, centralize
 from gcfunc.checkpoint import load_state_dict, state_dict
 from gcfunc.compile import compile  # noqa: A004
 from gcfunc.lookahead import lookahead, ranger
+from gcfunc.pack import pack, unpack
 from gcfunc.partition import partition
 from gcfunc.radam import radam
 from gcfunc.select import select
@@ -27,6 +28,7 @@ __all__ = [
     "compile",
     "load_state_dict",
     "lookahead",
+    "pack",
     "partition",
     "radam",
     "ranger",
@@ -34,6 +36,7 @@ __all__ = [
     "sgd",
     "sgdw",
     "state_dict",
+    "unpack",
     "update_hyperparams",
 ]
 __version__ = _version("gcfunc")

@@ -11,9 +11,10 @@ from gcfunc import _tree
 from gcfunc._check import require_like, require_tensors
 from gcfunc._foreach import Tensors, compute_dtype, under_vmap
 from gcfunc._hyperparams import to_scalars
-from gcfunc._tree import Tree
+from gcfunc._packed import Column, Layout, Packed, column_like
+from gcfunc._tree import Flat, Tree
 from gcfunc._types import Rule, Scalars, Slots, State, require_state
-from gcfunc.centralize import Units, resolve
+from gcfunc.centralize import Unit, resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Bucket:
     dtype: torch.dtype
     index: list[int]
     names: list[str]
-    units: list[Units | None]
+    units: list[Unit | None]
 
     def pick(self, tensors: Sequence[Tensor | None]) -> Tensors:
         """The bucket's own out of one tensor for each leaf."""
@@ -88,21 +89,23 @@ class Optimizer:
             TypeError: a leaf is no strided tensor of dtype float16, bfloat16, float32 or float64.
             ValueError: no tensors, or GC selects none of them.
         """
-        names, leaves, _ = _tree.flatten(params, "params")
+        flat = _tree.flatten(params, "params")
+        names, leaves = flat.names, flat.leaves
         require_tensors(names, leaves, "params")
         device = leaves[0].device
         hyperparams: dict[str, Tensor] = {}
         slots: dict[str, dict[str, Tensor]] = {}
-        for key, members in self._groups(names, leaves).items():
+        for key, members in self._groups(flat).items():
             rule = self.rules[key]
-            self._units(key, names, leaves, members)
+            self._units(key, flat, members)
             for name, scalar in to_scalars(rule.hyperparams, device).items():
                 hyperparams[join(key, name)] = scalar
             for slot, start in rule.slots.items():
                 column = slots.setdefault(slot, {})
                 column.update({names[i]: start(leaves[i]) for i in members})
         step = torch.zeros((), dtype=torch.int64, device=device)
-        return State(step, hyperparams, slots)
+        columns = {slot: column_like(flat.layout, column) for slot, column in slots.items()}
+        return State(step, hyperparams, columns)
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
         """One step: new params and new state. Nothing is written, nothing returned is aliased.
@@ -126,7 +129,7 @@ class Optimizer:
                 :class:`State`.
             ValueError: grads or state do not match params in structure, shape, dtype or device.
         """
-        (names, leaves, rebuild), gs, buckets = self.prepare(params, grads, state)
+        (names, leaves, rebuild, layout), gs, buckets = self.prepare(params, grads, state)
         old = dict(zip(names, leaves, strict=True))
         count = state.step + 1
         new: dict[str, Tensor] = {}
@@ -148,12 +151,12 @@ class Optimizer:
                 column = _laid_out(column, columns[slot])
                 new_slots[slot].update(zip(bucket.names, column, strict=True))
         return (
-            rebuild(_or_clones(new, old)),
+            rebuild([*_or_clones(new, old).values()]),
             State(
                 count,
                 {name: scalar.clone() for name, scalar in state.hyperparams.items()},
                 {
-                    slot: dict(zip(column, _or_clones(new_slots[slot], column), strict=True))
+                    slot: column_like(layout, _or_clones(new_slots[slot], column))
                     for slot, column in state.slots.items()
                 },
             ),
@@ -165,28 +168,43 @@ class Optimizer:
         """The arguments of :meth:`step` taken apart, or the errors that it raises."""
         flat = _tree.flatten(params, "params")
         require_tensors(flat.names, flat.leaves, "params")
-        gs = _tree.leaves_like(grads, flat.names, "grads", "params")
+        gs = _tree.leaves_like(grads, flat.names, "grads", "params", flat.layout)
         _require_grads(flat.names, flat.leaves, gs)
-        groups = self._groups(flat.names, flat.leaves)
-        self._require_state(flat.names, flat.leaves, groups, state)
-        return flat, gs, self._buckets(flat.names, flat.leaves, gs, groups)
+        groups = self._groups(flat)
+        self._require_state(flat, groups, state)
+        return flat, gs, self._buckets(flat, gs, groups)
 
-    def _groups(self, names: Sequence[str], leaves: Sequence[Tensor]) -> dict[str, list[int]]:
+    def _groups(self, flat: Flat) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = {key: [] for key in self.rules}
-        for i, key in enumerate(self.assign(names, leaves)):
+        for i, key in enumerate(self._keys(flat)):
             groups[key].append(i)
         return groups
 
+    def _keys(self, flat: Flat) -> list[str]:
+        if flat.layout is None:
+            return self.assign(flat.names, flat.leaves)
+        originals = flat.layout.originals(flat.leaves)
+        names = list(originals)
+        given = dict(zip(names, self.assign(names, list(originals.values())), strict=True))
+        keys: list[str] = []
+        for leaf in flat.layout.leaves:
+            named = {given[name]: name for member in leaf.members for name in member.names}
+            if len(named) > 1:
+                pairs = ", ".join(f"{name!r} is {key!r}" for key, name in named.items())
+                raise ValueError(
+                    f"labels: the packed tensor {leaf.name} holds tensors of several groups "
+                    f"({pairs}); give gcfunc.pack the same labels"
+                )
+            keys += named
+        return keys
+
     def _buckets(
-        self,
-        names: Sequence[str],
-        leaves: Sequence[Tensor],
-        gs: Sequence[Tensor | None],
-        groups: Mapping[str, Sequence[int]],
+        self, flat: Flat, gs: Sequence[Tensor | None], groups: Mapping[str, Sequence[int]]
     ) -> list[Bucket]:
+        names, leaves = flat.names, flat.leaves
         buckets: list[Bucket] = []
         for key, members in groups.items():
-            units = dict(zip(members, self._units(key, names, leaves, members), strict=True))
+            units = dict(zip(members, self._units(key, flat, members), strict=True))
             alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
             for i in members:
                 if gs[i] is not None:
@@ -199,20 +217,13 @@ class Optimizer:
                 )
         return buckets
 
-    def _units(
-        self, key: str, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
-    ) -> list[Units | None]:
+    def _units(self, key: str, flat: Flat, members: Sequence[int]) -> list[Unit | None]:
         gc = self.rules[key].gc
-        return resolve(gc.where, names, leaves, members) if gc else [None] * len(members)
+        return resolve(gc.where, flat, members) if gc else [None] * len(members)
 
-    def _require_state(
-        self,
-        names: Sequence[str],
-        leaves: Sequence[Tensor],
-        groups: Mapping[str, Sequence[int]],
-        state: State,
-    ) -> None:
+    def _require_state(self, flat: Flat, groups: Mapping[str, Sequence[int]], state: State) -> None:
         require_state(state)
+        names, leaves = flat.names, flat.leaves
         rules = [(key, self.rules[key]) for key in groups]
         hyperparams = [join(key, name) for key, rule in rules for name in rule.hyperparams]
         slots = [slot for _, rule in rules for slot in rule.slots]
@@ -228,6 +239,12 @@ class Optimizer:
         for slot, column in state.slots.items():
             what = f"state.slots[{slot!r}]"
             members = [i for key, rule in rules if slot in rule.slots for i in groups[key]]
+            have = _layout(column)
+            if have != (flat.layout and flat.layout.only([names[i] for i in members])):
+                raise ValueError(
+                    f"{what} and params must be packed alike or not at all: make the state from "
+                    "the packed params, and load it with gcfunc.load_state_dict"
+                )
             _tree.require_names([*column], [names[i] for i in members], what, "params")
             for i in members:
                 require_like(what, names[i], column[names[i]], leaves[i])
@@ -244,6 +261,10 @@ class Optimizer:
 def join(key: str, name: str) -> str:
     """A name under a group's key; either may be empty."""
     return f"{key}.{name}" if key and name else key + name
+
+
+def _layout(column: Column) -> Layout | None:
+    return column.layout if isinstance(column, Packed) else None
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -265,8 +286,8 @@ def _laid_out(new: Tensors, old: Tensors) -> Tensors:
     ]
 
 
-def _or_clones(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensors:
-    return [new[name] if name in new else tensor.clone() for name, tensor in old.items()]
+def _or_clones(new: Mapping[str, Tensor], old: Column) -> dict[str, Tensor]:
+    return {name: new[name] if name in new else t.clone() for name, t in old.items()}
 
 
 def _require_grads(names: Sequence[str], leaves: Sequence[Tensor], gs: Sequence[Any]) -> None:

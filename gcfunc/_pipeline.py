@@ -11,7 +11,7 @@ from gcfunc._foreach import Tensors, add, mul, sub
 from gcfunc._hyperparams import Number
 from gcfunc._optimizer import Optimizer
 from gcfunc._types import GC, Rule, Scalars, Slots, as_gc
-from gcfunc.centralize import Units, centralize_list
+from gcfunc.centralize import Unit, centralize_list
 
 Direction = Callable[[Tensors, Slots, Scalars], tuple[Tensors, Slots]]
 """What an algorithm makes of a gradient: ``(u, slots, scalars) -> (u, slots)``."""
@@ -39,7 +39,7 @@ def pipeline(
         return {"lr": h["lr"], "weight_decay": h["weight_decay"], **scalars(step, h)}
 
     def update(
-        params: Tensors, grads: Tensors, slots: Slots, s: Scalars, units: Sequence[Units | None]
+        params: Tensors, grads: Tensors, slots: Slots, s: Scalars, units: Sequence[Unit | None]
     ) -> tuple[Tensors, Slots]:
         u = grads
         if not decoupled:

@@ -6,16 +6,22 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree  # what torch.func walks; torch has no public name for it
 
+from gcfunc._packed import Layout, Packed
+
 Tree = Any
 """A tensor, or dicts, lists, tuples, NamedTuples and registered containers of trees."""
 
 
 class Flat(NamedTuple):
-    """A tree taken apart: dotted names, the leaves under them, and the way back."""
+    """A tree taken apart: dotted names, the leaves under them, and the way back.
+
+    Of a packed tree these are the packed tensors; its layout knows the original ones.
+    """
 
     names: list[str]
     leaves: list[Any]
     rebuild: Callable[[Sequence[Any]], Tree]
+    layout: Layout | None = None
 
 
 def flatten(tree: Tree, what: str) -> Flat:
@@ -33,7 +39,12 @@ def flatten(tree: Tree, what: str) -> Flat:
         return Flat(
             names, list(tree.values()), lambda leaves: dict(zip(names, leaves, strict=True))
         )
-    paths, spec = pytree.tree_flatten_with_path(tree)
+    if isinstance(tree, Packed):
+        layout = tree.layout
+        return Flat(list(tree), list(tree.values()), lambda leaves: Packed(layout, leaves), layout)
+    paths, spec = pytree.tree_flatten_with_path(tree, is_leaf=_is_packed)
+    if any(_is_packed(leaf) for _, leaf in paths):
+        raise TypeError(f"{what}: a packed tree cannot be part of another; pack the whole")
     names = [".".join(map(_part, path)) or "param" for path, _ in paths]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -43,9 +54,19 @@ def flatten(tree: Tree, what: str) -> Flat:
     )
 
 
-def leaves_like(tree: Tree, names: Sequence[str], what: str, like: str) -> list[Any]:
-    """The leaves of ``tree`` in the order of ``names``, which it must have exactly."""
+def leaves_like(
+    tree: Tree, names: Sequence[str], what: str, like: str, layout: Layout | None = None
+) -> list[Any]:
+    """The leaves of ``tree`` in the order of ``names``, which it must have exactly.
+
+    If ``layout`` is given, it must be packed like that.
+    """
     flat = flatten(tree, what)
+    if flat.layout != layout:
+        raise ValueError(
+            f"{what} and {like} must be packed alike or not at all; "
+            f"gcfunc.pack({what}, like={like}) does so"
+        )
     if flat.names == names:
         return flat.leaves
     if len(flat.leaves) == 1 and flat.leaves[0] is tree:
@@ -72,6 +93,10 @@ def require_names(have: Sequence[str], want: Sequence[str], what: str, like: str
         parts += [f"missing {_list(missing)}"] if missing else []
         parts += [f"unexpected {_list(extra)}"] if extra else []
         raise ValueError("; ".join(parts))
+
+
+def _is_packed(tree: Tree) -> bool:
+    return isinstance(tree, Packed)
 
 
 def _part(key: Any) -> str:

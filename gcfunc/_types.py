@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gcfunc._foreach import Tensors
 from gcfunc._hyperparams import Number, check, check_betas, to_scalars
-from gcfunc.centralize import MIN_DIMS, Units, Where, require_rule
+from gcfunc._packed import Column
+from gcfunc.centralize import MIN_DIMS, Unit, Where, require_rule
 
 Scalars = Mapping[str, Tensor]
 Slots = dict[str, Tensors]
@@ -69,12 +70,13 @@ class State(NamedTuple):
             :func:`gcfunc.update_hyperparams` changes them. In a state of
             :func:`gcfunc.partition` each name starts with its group's label and a dot.
         slots: The algorithm's running quantities under torch.optim's names, each a dict from the
-            parameter's dotted name: ``state.slots["exp_avg"]["conv.weight"]``.
+            parameter's dotted name: ``state.slots["exp_avg"]["conv.weight"]``. Of packed params
+            they are packed too.
     """
 
     step: Tensor
     hyperparams: dict[str, Tensor]
-    slots: dict[str, dict[str, Tensor]]
+    slots: Mapping[str, Column]
 
 
 def require_state(state: object) -> None:
@@ -102,7 +104,7 @@ class Rule:
     slots: Mapping[str, Callable[[Tensor], Tensor]]
     scalars: Callable[[Tensor, Scalars], dict[str, Tensor]]
     update: Callable[
-        [Tensors, Tensors, Slots, Scalars, Sequence[Units | None]], tuple[Tensors, Slots]
+        [Tensors, Tensors, Slots, Scalars, Sequence[Unit | None]], tuple[Tensors, Slots]
     ]
     gc: GC | None
 

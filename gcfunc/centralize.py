@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gcfunc import _tree
 from gcfunc._check import require_tensors
 from gcfunc._foreach import compute_dtype
-from gcfunc._tree import Tree
+from gcfunc._packed import Leaf, Member, cut
+from gcfunc._tree import Flat, Tree
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,23 @@ class Units:
 
 ROWS = Units()
 
+
+@dataclass(frozen=True)
+class Stack:
+    """Units of a packed matrix whose members differ in theirs: its parts, one after the other."""
+
+    parts: tuple[tuple[Member, Units | None], ...]
+
+    def project(self, g: Tensor) -> Tensor:
+        """:func:`project` for each part."""
+        members, units = zip(*self.parts, strict=True)
+        gs = centralize_list(cut(g, members), units)
+        return torch.cat([m.flat(t, g.shape[1:]) for m, t in zip(members, gs, strict=True)])
+
+
+Unit = Units | Stack
+"""How one leaf is centralized."""
+
 Predicate = Callable[[str, Tensor], "bool | Units"]
 Where = Literal["gc", "gcc"] | Predicate | Tree
 """``"gc"``, ``"gcc"``, a predicate, or a pytree of bools (or :class:`Units`) matching params."""
@@ -55,8 +74,10 @@ MIN_DIMS = {"gc": 2, "gcc": 4}
 """The reference's rule: every weight, or convolution weights, told by their dimensions."""
 
 
-def project(g: Tensor, units: Units = ROWS) -> Tensor:
+def project(g: Tensor, units: Unit = ROWS) -> Tensor:
     """The formula: ``g`` less its mean over all dimensions but the output unit's."""
+    if isinstance(units, Stack):
+        return units.project(g)
     if units.groups > 1:
         blocks = g.reshape(units.groups, g.shape[0] // units.groups, *g.shape[1:])
         return _less_mean(blocks, keep=(0, units.dim + 1)).reshape(g.shape)
@@ -104,11 +125,11 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
     """
     flat = _tree.flatten(tree, "tree")
     require_tensors(flat.names, flat.leaves, "tree")
-    units = resolve(where, flat.names, flat.leaves)
+    units = resolve(where, flat)
     return flat.rebuild(centralize_list(flat.leaves, units))
 
 
-def centralize_list(gs: Sequence[Tensor], units: Sequence[Units | None]) -> list[Tensor]:
+def centralize_list(gs: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Tensor]:
     """:func:`project` for a list; ``None`` leaves a tensor out."""
     return [
         g if unit is None else project(g.to(compute_dtype(g.dtype)), unit).to(g.dtype)
@@ -116,18 +137,29 @@ def centralize_list(gs: Sequence[Tensor], units: Sequence[Units | None]) -> list
     ]
 
 
-def resolve(
-    where: Where,
-    names: Sequence[str],
-    leaves: Sequence[Tensor],
-    members: Sequence[int] | None = None,
-) -> list[Units | None]:
+def resolve(where: Where, flat: Flat, members: Sequence[int] | None = None) -> list[Unit | None]:
     """What ``where`` means for each leaf: how it is centralized, or ``None`` for not at all.
 
     ``members`` restricts the question to some of the leaves; a pytree of bools still has to match
-    them all.
+    them all. Of a packed tree, ``where`` is asked about the original tensors.
     """
-    members = range(len(names)) if members is None else members
+    members = range(len(flat.names)) if members is None else members
+    if flat.layout is None:
+        return [*_resolve(where, flat.names, flat.leaves, members)]
+    originals = flat.layout.originals(flat.leaves)
+    position = {name: i for i, name in enumerate(originals)}
+    leaves = [flat.layout.leaves[i] for i in members]
+    asked = [position[member.names[0]] for leaf in leaves for member in leaf.members]
+    answers = iter(_resolve(where, list(originals), list(originals.values()), asked))
+    return [
+        _joined(leaf, flat.leaves[i], [next(answers) for _ in leaf.members])
+        for i, leaf in zip(members, leaves, strict=True)
+    ]
+
+
+def _resolve(
+    where: Where, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
+) -> list[Units | None]:
     if isinstance(where, str):
         require_rule(where)
         units = [ROWS if leaves[i].ndim >= MIN_DIMS[where] else None for i in members]
@@ -144,6 +176,23 @@ def resolve(
             "pass gc=None where nothing should be centralized"
         )
     return units
+
+
+def _joined(leaf: Leaf, tensor: Tensor, units: Sequence[Units | None]) -> Unit | None:
+    """The unit of a packed tensor from those of its members."""
+    first, as_it_is = units[0], tensor.shape == leaf.members[0].shape
+    if all(unit == first for unit in units) and (first in (None, ROWS) or as_it_is):
+        return first
+    parts: list[tuple[Member, Units | None]] = []
+    for member, unit in zip(leaf.members, units, strict=True):
+        if unit in (None, ROWS):
+            # Rows are rows, whatever weights they come from.
+            rows = member.size
+            if parts and parts[-1][1] == unit:
+                rows += parts.pop()[0].size
+            member = Member((), (rows, *tensor.shape[1:]), tuple(range(tensor.ndim)), rows)
+        parts.append((member, unit))
+    return Stack(tuple(parts))
 
 
 def require_rule(where: str) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gcfunc._packed import Column, Packed
 from gcfunc._tree import require_names
 from gcfunc._types import State, require_state
+from gcfunc.pack import pack_like, unpacked
 
 
 def state_dict(state: State) -> dict[str, Tensor]:
@@ -66,7 +68,10 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
     return State(
         new["step"],
         {name: new[f"hyperparams.{name}"] for name in state.hyperparams},
-        {slot: {n: new[f"{slot}.{n}"] for n in column} for slot, column in state.slots.items()},
+        {
+            slot: _column({n: new[f"{slot}.{n}"] for n in unpacked(column)}, column)
+            for slot, column in state.slots.items()
+        },
     )
 
 
@@ -75,8 +80,16 @@ def _named(state: State) -> dict[str, Tensor]:
     return (
         {"step": state.step}
         | {f"hyperparams.{name}": scalar for name, scalar in state.hyperparams.items()}
-        | {f"{slot}.{n}": t for slot, column in state.slots.items() for n, t in column.items()}
+        | {
+            f"{slot}.{n}": t
+            for slot, column in state.slots.items()
+            for n, t in unpacked(column).items()
+        }
     )
+
+
+def _column(tensors: dict[str, Tensor], like: Column) -> Column:
+    return pack_like(tensors, like.layout) if isinstance(like, Packed) else tensors
 
 
 def _describe(tensor: object) -> str:

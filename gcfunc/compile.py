@@ -15,9 +15,10 @@ from torch import Tensor
 from gcfunc import _tree
 from gcfunc._foreach import Tensors
 from gcfunc._optimizer import Bucket, Optimizer
+from gcfunc._packed import cut
 from gcfunc._tree import Tree
 from gcfunc._types import Scalars, Slots, State, require_state
-from gcfunc.centralize import ROWS, Units
+from gcfunc.centralize import ROWS, Stack, Unit, Units
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     # By default Inductor writes the moments to memory and reads them again for the parameter, as
@@ -119,7 +120,7 @@ class Donated(Compiled):
         The trees returned are the very ones handed in. No autograd history is recorded.
         """
         flat = _tree.flatten(params, "params")
-        gs = _tree.leaves_like(grads, flat.names, "grads", "params")
+        gs = _tree.leaves_like(grads, flat.names, "grads", "params", flat.layout)
         require_state(state)
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, gs, state):
@@ -157,17 +158,23 @@ class _Plan:
         self._params: list[Tensors] = []
         self._slots: list[Slots] = []
         self._buckets: list[Bucket] = []
+        self._whole: list[list[Unit | None]] = []
         self._hands: list[list[_Hand]] = []
         for bucket in buckets:
-            ps = bucket.pick(flat.leaves)
-            columns = {s: [state.slots[s][n] for n in bucket.names] for s in bucket.rule.slots}
+            whole = bucket.units
+            ps = _pieces(bucket.pick(flat.leaves), whole)
+            columns = {
+                slot: _pieces([state.slots[slot][name] for name in bucket.names], whole)
+                for slot in bucket.rule.slots
+            }
+            pieces = [u for unit in whole for u in _piece_units(unit)]
             hands = [
                 _hand(u, [p, *slots])
-                for u, p, *slots in zip(bucket.units, ps, *columns.values(), strict=True)
+                for u, p, *slots in zip(pieces, ps, *columns.values(), strict=True)
             ]
-            units = [
+            units: list[Unit | None] = [
                 Units(p.ndim - 1) if hand is _turn else u
-                for p, u, hand in zip(ps, bucket.units, hands, strict=True)
+                for p, u, hand in zip(ps, pieces, hands, strict=True)
             ]
             self._params.append([hand(p) for p, hand in zip(ps, hands, strict=True)])
             self._slots.append(
@@ -177,10 +184,13 @@ class _Plan:
                 }
             )
             self._buckets.append(replace(bucket, units=units))
+            self._whole.append(whole)
             self._hands.append(hands)
         self.key = tuple(
-            (b.key, b.device, b.dtype, *b.units, *hands, *((p.shape, p.stride()) for p in ps))
-            for b, hands, ps in zip(self._buckets, self._hands, self._params, strict=True)
+            (b.key, b.device, b.dtype, *whole, *hands, *((p.shape, p.stride()) for p in ps))
+            for b, whole, hands, ps in zip(
+                self._buckets, self._whole, self._hands, self._params, strict=True
+            )
         )
 
     def serves(self, flat: _tree.Flat, gs: Sequence[Tensor | None], state: State) -> bool:
@@ -212,13 +222,14 @@ class _Plan:
 
     def in_place(self) -> Graph:
         """The function that is compiled. It holds on to none of the tensors."""
-        buckets, hands = self._buckets, self._hands
+        buckets, whole, hands = self._buckets, self._whole, self._hands
 
         def step(
             params: list[Tensors], grads: list[Tensors], slots: list[Slots], scalars: list[Scalars]
         ) -> None:
             for i, bucket in enumerate(buckets):
-                gs = [hand(g) for g, hand in zip(grads[i], hands[i], strict=True)]
+                gs = _pieces(grads[i], whole[i])
+                gs = [hand(g) for g, hand in zip(gs, hands[i], strict=True)]
                 for g, p in zip(gs, params[i], strict=True):
                     # While it is traced only: another shape might broadcast.
                     if g.shape != p.shape or g.dtype != p.dtype:
@@ -229,6 +240,19 @@ class _Plan:
                     _write(slots[i][slot], column)
 
         return step
+
+
+def _pieces(tensors: Tensors, units: Sequence[Unit | None]) -> Tensors:
+    """The tensors, packed ones of mixed units cut into uniform parts."""
+    return [
+        piece
+        for t, unit in zip(tensors, units, strict=True)
+        for piece in (cut(t, [m for m, _ in unit.parts]) if isinstance(unit, Stack) else [t])
+    ]
+
+
+def _piece_units(unit: Unit | None) -> list[Units | None]:
+    return [u for _, u in unit.parts] if isinstance(unit, Stack) else [unit]
 
 
 def _write(old: Tensors, new: Tensors) -> None:

@@ -11,7 +11,7 @@ from gcfunc._foreach import Tensors, add, mul, sub, where
 from gcfunc._hyperparams import Number, check
 from gcfunc._optimizer import Optimizer
 from gcfunc._types import GC, Rule, Scalars, Slots
-from gcfunc.centralize import Units
+from gcfunc.centralize import Unit
 from gcfunc.radam import radam
 
 
@@ -61,7 +61,7 @@ def _ahead(inner: Rule, own: dict[str, Number]) -> Rule:
         return inner.scalars(step, h) | {"alpha": h["alpha"], "synchronize": step % h["k"] == 0}
 
     def update(
-        params: Tensors, grads: Tensors, slots: Slots, s: Scalars, units: Sequence[Units | None]
+        params: Tensors, grads: Tensors, slots: Slots, s: Scalars, units: Sequence[Unit | None]
     ) -> tuple[Tensors, Slots]:
         slow = slots["slow_params"]
         fast, new = inner.update(params, grads, slots, s, units)

@@ -55,7 +55,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     optimizers = dict(optimizers)
 
     def assign(names: Sequence[str], leaves: Sequence[Tensor]) -> list[str]:
-        given = _labels(labels, names, leaves)
+        given = labels_of(labels, names, leaves)
         unknown = {
             name: label
             for name, label in zip(names, given, strict=True)
@@ -85,7 +85,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     return Optimizer(rules, assign)
 
 
-def _labels(labels: Labels, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Any]:
+def labels_of(labels: Labels, names: Sequence[str], leaves: Sequence[Tensor]) -> list[Any]:
+    """The label of each leaf."""
     if _tree.is_function(labels):
         return [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     return _tree.leaves_like(labels, names, "labels", "params")

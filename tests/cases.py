@@ -1,6 +1,6 @@
 """The case table every property is crossed with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def random_like(params: Params, seed: int) -> Params:
     }
 
 
-def largest_difference(a: Params, b: Params) -> float:
+def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Over all tensors, in float64."""
     assert a.keys() == b.keys()
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a if a[n].numel())

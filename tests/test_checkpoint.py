@@ -1,6 +1,6 @@
 """Save, load, go on: as if nothing had happened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def flat(tree: Params, state: State) -> Params:
     return tree | {f"state.{n}": t for n, t in gcfunc.state_dict(state).items()}
 
 
-def identical(a: Params, b: Params) -> bool:
+def identical(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
     )

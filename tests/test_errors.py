@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ _, STATE = OPT.step(PARAMS, GRADS, OPT.init(PARAMS))
 MODEL = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
 
 
-def one_else(name: str, other: Any, of: dict[str, Tensor] = GRADS) -> dict[str, Any]:
+def one_else(name: str, other: Any, of: Mapping[str, Tensor] = GRADS) -> dict[str, Any]:
     """The same tree with another leaf; the last one, so that the others come first."""
     assert name in of
     return {n: t for n, t in of.items() if n != name} | {name: other}

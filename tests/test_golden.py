@@ -179,7 +179,7 @@ def test_deviates_from_the_reference_lookahead_by_its_start() -> None:
         yield 1, params
         ahead = gcfunc.lookahead(opt, k=5, alpha=0.5)
         start = ahead.init(params)
-        state = start._replace(slots=start.slots | state.slots)
+        state = start._replace(slots={**start.slots, **state.slots})
         for t in range(2, MANIFEST["steps"] + 1):
             params, state = ahead.step(params, tensors(f"grad/{t}"), state)
             if t in MANIFEST["saved"]:

@@ -1,6 +1,6 @@
 """Every kind of tensor that real models hand over: layouts, layers, ties, gaps, dtypes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -42,7 +42,7 @@ def identical(a: Params, b: Params) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def each(operation: Callable[[Tensor], Tensor], params: Params) -> Params:
+def each(operation: Callable[[Tensor], Tensor], params: Mapping[str, Tensor]) -> Params:
     return {name: operation(p) for name, p in params.items()}
 
 

@@ -1,0 +1,221 @@
+"""Rows of equal width gathered into matrices: a model as a few large tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # what torch.func walks; torch has no public name for it
+
+from gcfunc import _tree
+from gcfunc._check import require_tensors
+from gcfunc._packed import Column, Layout, Leaf, Member, Packed
+from gcfunc._tree import Tree
+from gcfunc.centralize import MIN_DIMS
+from gcfunc.partition import Labels, labels_of
+
+
+def pack(
+    params: Tree | nn.Module, *, like: Packed | None = None, labels: Labels | None = None
+) -> Packed:
+    r"""Gather tensors into a few large ones.
+
+    GC acts on rows: the row of a weight of shape :math:`(n, d_1, d_2, \dots)` is one output unit's
+    :math:`K = d_1 d_2 \cdots` numbers. All rows of one width are the same problem, so the weights
+    of width :math:`K` become one matrix of shape :math:`(\sum n, K)`, and vectors and scalars one
+    flat vector; each for itself by device and dtype, and convolution weights apart from the others,
+    so that ``"gcc"`` selects whole matrices. A step then has few tensors to walk and to compile
+    for, whatever the depth of the model.
+
+    ``init``, ``step``, :func:`gcfunc.centralize` and :func:`gcfunc.compile` take the packed tree as
+    they take any other, with the same results; ``where`` and ``labels`` are still asked about the
+    original names and tensors. So do :func:`gcfunc.state_dict` and
+    :func:`gcfunc.load_state_dict`: a checkpoint has the original names, and loads packed or not.
+    Gradients taken with respect to a packed tree (``torch.func.grad``) arrive packed.
+
+    Args:
+        params: A pytree of tensors; nothing in it is written. A tensor that stands under two names
+            is packed once. Rows are stored in the order they have in memory, so that channels_last
+            weights stay so. A tensor whose dimension 0 is not the outermost in memory is copied as
+            it is.
+
+            Or a module: the packed parameters are those that require grad, and the module's own
+            become views of them, so that a donated step moves the module. What gives a module new
+            storage (``to``, ``half``, ``load_state_dict(assign=True)``, ``deepcopy``) ends that.
+        like: Pack in the layout of this tree instead, as gradients must be. The gradients of tied
+            parameters are added up. Differentiable.
+        labels: As given to :func:`gcfunc.partition`: tensors of different labels share no matrix.
+
+    Returns:
+        The packed tree, a copy: a mapping from names that tell dtype and shape to its few tensors.
+
+    Raises:
+        TypeError: a leaf is no strided tensor of a supported dtype, or ``like`` is not packed.
+        ValueError: there are no tensors, or they do not match ``like``: names, shapes, dtypes, or
+            a gradient is ``None`` while others of its matrix are not.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> params = {"a": torch.zeros(2, 3), "b": torch.ones(4, 3), "c": torch.ones(4)}
+        >>> packed = gcfunc.pack(params)
+        >>> {name: tuple(tensor.shape) for name, tensor in packed.items()}
+        {'float32[6, 3]': (6, 3), 'float32[4]': (4,)}
+        >>> gcfunc.unpack(packed)["a"].fill_(2.0)
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+        >>> packed["float32[6, 3]"].sum()
+        tensor(24.)
+    """
+    if like is not None:
+        if not isinstance(like, Packed):
+            raise TypeError(f"like must be a tree packed before, got {type(like).__name__}")
+        if labels is not None:
+            raise TypeError("labels is decided by like already; give one of the two")
+        leaves = _tree.leaves_like(params, like.layout.names, "the tree to pack", "like")
+        return pack_like(dict(zip(like.layout.names, leaves, strict=True)), like.layout)
+    if isinstance(params, nn.Module):
+        own = {name: p for name, p in params.named_parameters() if p.requires_grad}
+        packed = pack(own, labels=labels)
+        with torch.no_grad():
+            for name, view in unpack(packed).items():
+                own[name].data = view
+        return packed
+    flat = _tree.flatten(params, "params")
+    require_tensors(flat.names, flat.leaves, "params")
+    layout = _layout(params, flat, labels)
+    with torch.no_grad():
+        return pack_like(dict(zip(flat.names, flat.leaves, strict=True)), layout)
+
+
+def unpack(packed: Packed) -> Tree:
+    """The original tree of a packed one, made of views of it.
+
+    Args:
+        packed: What :func:`pack` made, or ``torch.func.grad`` or ``tree_map`` of it.
+
+    Returns:
+        The tree that was packed: same structure, names, shapes and strides, fit for
+        ``torch.func.functional_call``. Writing its tensors writes the packed ones.
+
+    Raises:
+        TypeError: ``packed`` is not packed.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> packed = gcfunc.pack({"weight": torch.eye(2), "bias": torch.ones(2)})
+        >>> layer, x = torch.nn.Linear(2, 2), torch.tensor([[1.0, 2.0]])
+        >>> def loss(packed):
+        ...     return torch.func.functional_call(layer, gcfunc.unpack(packed), x).sum()
+        >>> gcfunc.unpack(torch.func.grad(loss)(packed))["weight"]
+        tensor([[1., 2.],
+                [1., 2.]])
+    """
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must come from gcfunc.pack, got {type(packed).__name__}")
+    views = unpacked(packed)
+    spec = packed.layout.spec
+    return views if spec is None else pytree.tree_unflatten(list(views.values()), spec)
+
+
+def unpacked(column: Column) -> dict[str, Tensor]:
+    """The tensors of a tree's column by their original dotted names."""
+    if not isinstance(column, Packed):
+        return dict(column)
+    return column.layout.originals(list(column.values()))
+
+
+def pack_like(tensors: Mapping[str, Tensor | None], layout: Layout) -> Packed:
+    """Pack tensors, given by their original names, in a layout."""
+    return Packed(layout, [_gather(leaf, tensors) for leaf in layout.leaves])
+
+
+def _gather(leaf: Leaf, tensors: Mapping[str, Tensor | None]) -> Tensor | None:
+    found = [_untied(member, tensors) for member in leaf.members]
+    own = [t for t in found if t is not None]
+    if not own:
+        return None
+    for member, t in zip(leaf.members, found, strict=True):
+        name = member.names[0]
+        if t is None:
+            raise ValueError(
+                f"{name!r} is None, but others packed with it in {leaf.name} are not; "
+                "pack only the parameters that get gradients, or give zeros"
+            )
+        for what, have, want in (
+            ("shape", tuple(t.shape), member.shape),
+            ("dtype", t.dtype, own[0].dtype),
+            ("device", t.device, own[0].device),
+        ):
+            if have != want:
+                raise ValueError(f"the tree to pack: {name!r} has {what} {have}, expected {want}")
+    gathered = [member.flat(t, leaf.width) for member, t in zip(leaf.members, own, strict=True)]
+    # Not cat for a tensor kept whole: it would lose the strides.
+    return gathered[0].clone() if leaf.whole else torch.cat(gathered)
+
+
+def _untied(member: Member, tensors: Mapping[str, Tensor | None]) -> Tensor | None:
+    """A member's tensor; of tied parameters with a gradient each, their sum."""
+    own: list[Tensor] = []
+    for name in member.names:
+        t = tensors[name]
+        if t is not None and not any(t is other for other in own):
+            own.append(t)
+    return sum(own[1:], own[0]) if own else None
+
+
+def _layout(params: Tree, flat: _tree.Flat, labels: Labels | None) -> Layout:
+    given = [None] * len(flat.names)
+    if labels is not None:
+        given = labels_of(labels, flat.names, flat.leaves)
+    names: dict[int, list[str]] = {}
+    alike: dict[Hashable, list[Tensor]] = {}
+    for name, t, label in zip(flat.names, flat.leaves, given, strict=True):
+        names.setdefault(id(t), []).append(name)
+        if len(names[id(t)]) == 1:
+            whole = None if _has_rows(t) else name
+            width = t.shape[1:].numel() if t.ndim > 1 else None
+            kind = label, whole, t.device, t.dtype, width, t.ndim >= MIN_DIMS["gcc"]
+            alike.setdefault(kind, []).append(t)
+    leaves: dict[str, Leaf] = {}
+    for ts in alike.values():
+        kept = not _has_rows(ts[0])
+        members = tuple(
+            Member(
+                tuple(names[id(t)]),
+                tuple(t.shape),
+                tuple(range(t.ndim)) if kept else _order(t),
+                t.shape[0] if t.ndim else 1,
+            )
+            for t in ts
+        )
+        width = () if ts[0].ndim < 2 else ts[0].shape[1:] if kept else (ts[0][0].numel(),)
+        shape = [sum(member.size for member in members), *width]
+        name = members[0].names[0] if kept else f"{_show(ts[0].dtype)}{shape}"
+        while name in leaves:
+            name += "'"
+        leaves[name] = Leaf(name, members, tuple(width), kept)
+    spec = None if _is_flat_dict(params) else pytree.tree_structure(params)
+    return Layout(tuple(leaves.values()), tuple(flat.names), spec)
+
+
+def _has_rows(t: Tensor) -> bool:
+    """Whether dimension 0 is the outermost in memory, or would be without gaps."""
+    if type(t) not in (Tensor, nn.Parameter):
+        return False
+    return t.ndim < 2 or 0 < t.numel() == t.shape[0] * torch.empty_like(t, device="meta").stride(0)
+
+
+def _order(t: Tensor) -> tuple[int, ...]:
+    strides = torch.empty_like(t, device="meta").stride()
+    # Dimensions of size 1 come last among equals, so that a view gives them the same stride back.
+    rest = sorted(range(1, t.ndim), key=lambda dim: (-strides[dim], t.shape[dim] == 1))
+    return (0, *rest) if t.ndim else ()
+
+
+def _show(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_flat_dict(tree: Tree) -> bool:
+    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
