@@ -1,7 +1,7 @@
 """The optimizer object: trees in, trees out, rules on lists in between."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,15 @@ class Bucket:
         # Not in one comprehension: torch.compile cannot trace := inside of one.
         own = [tensors[i] for i in self.index]
         return [t for t in own if t is not None]
+
+    def only(self, members: Sequence[int]) -> "Bucket":
+        """The bucket with some of its leaves, by their position in it."""
+        return replace(
+            self,
+            index=[self.index[j] for j in members],
+            names=[self.names[j] for j in members],
+            units=[self.units[j] for j in members],
+        )
 
     def scalars(self, count: Tensor, hyperparams: Scalars) -> Scalars:
         """The step's scalars, each cast once to what the lists are computed in."""

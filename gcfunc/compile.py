@@ -1,24 +1,18 @@
-"""Compiled stepping: all arithmetic on params as one graph, in place where they are given up."""
+"""Compiled stepping: all arithmetic on params in graphs, in place where they are given up."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gcfunc import _tree
-from gcfunc._foreach import Tensors
 from gcfunc._optimizer import Bucket, Optimizer
-from gcfunc._packed import cut
+from gcfunc._plan import Arguments, Plan, Update
 from gcfunc._tree import Tree
-from gcfunc._types import Scalars, Slots, State, require_state
-from gcfunc.centralize import ROWS, Stack, Unit, Units
+from gcfunc._types import State, require_state
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     # By default Inductor writes the moments to memory and reads them again for the parameter, as
@@ -30,13 +24,15 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
 }
 """What :func:`compile` tells Inductor, for its own graphs alone."""
 
-Graph = Callable[[list[Tensors], list[Tensors], list[Slots], list[Scalars]], None]
-
 
 def compile(  # noqa: A001
     opt: Optimizer, *, donate: bool = True, **torch_compile_kwargs: Any
 ) -> Compiled:
-    """An optimizer whose step is compiled by :func:`torch.compile` into one graph.
+    """An optimizer whose step is compiled by :func:`torch.compile`, without graph breaks.
+
+    A step is one graph. Donated, and on the CPU, a large model's is several, those for repeated
+    layers compiled once: there the time to compile goes by the number of tensors, see also
+    :func:`gcfunc.pack`.
 
     Args:
         opt: Any optimizer of this library.
@@ -105,8 +101,8 @@ class Donated(Compiled):
 
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         super().__init__(opt, kwargs)
-        self._graphs: dict[Any, Graph] = {}
-        self._serving: tuple[_Plan, Graph] | None = None
+        self._graphs: dict[Any, _Graph] = {}
+        self._serving: tuple[Plan, list[_Graph]] | None = None
 
     @torch.no_grad()
     def init(self, params: Tree) -> State:
@@ -125,194 +121,75 @@ class Donated(Compiled):
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, gs, state):
             _, _, buckets = self._opt.prepare(params, grads, state)
-            plan = _Plan(buckets, flat, gs, state)
-            if plan.key not in self._graphs:
-                self._graphs[plan.key] = torch.compile(plan.in_place(), **self._kwargs)
-            serving = self._serving = plan, self._graphs[plan.key]
-        plan, graph = serving
+            ahead = _compiles_ahead(self._kwargs, buckets)
+            plan = Plan(buckets, flat, gs, state, split=ahead)
+            for part in plan.parts:
+                if part.key not in self._graphs:
+                    self._graphs[part.key] = _Graph(part.update(), self._kwargs, ahead=ahead)
+            serving = self._serving = plan, [self._graphs[part.key] for part in plan.parts]
+        plan, graphs = serving
+        count = state.step + 1
         try:
-            plan.run(graph, gs, state)
+            arguments = plan.arguments(gs, count, state)
+            # All are compiled before the first one writes.
+            calls = [graph.ready(args) for graph, args in zip(graphs, arguments, strict=True)]
+            for call, args in zip(calls, arguments, strict=True):
+                call(*args)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
             self._opt.prepare(params, grads, state)
             raise
+        state.step.copy_(count)
         return params, state
 
 
-class _Plan:
-    """What stays the same as long as the same tensors are stepped."""
+class _Graph:
+    """An update in place, compiled for each layout that its gradients come in."""
 
-    def __init__(
-        self,
-        buckets: list[Bucket],
-        flat: _tree.Flat,
-        gs: Sequence[Tensor | None],
-        state: State,
-    ) -> None:
-        self._names = flat.names
-        self._tensors = flat.leaves + _slot_tensors(state)
-        self._places = _places(flat.leaves)
-        self._without = [g is None for g in gs]
-        _require_own_memory(self._tensors)
-        self._addresses = {t.data_ptr() for t in self._tensors if t.numel()}
-        self._params: list[Tensors] = []
-        self._slots: list[Slots] = []
-        self._buckets: list[Bucket] = []
-        self._whole: list[list[Unit | None]] = []
-        self._hands: list[list[_Hand]] = []
-        for bucket in buckets:
-            whole = bucket.units
-            ps = _pieces(bucket.pick(flat.leaves), whole)
-            columns = {
-                slot: _pieces([state.slots[slot][name] for name in bucket.names], whole)
-                for slot in bucket.rule.slots
-            }
-            pieces = [u for unit in whole for u in _piece_units(unit)]
-            hands = [
-                _hand(u, [p, *slots])
-                for u, p, *slots in zip(pieces, ps, *columns.values(), strict=True)
-            ]
-            units: list[Unit | None] = [
-                Units(p.ndim - 1) if hand is _turn else u
-                for p, u, hand in zip(ps, pieces, hands, strict=True)
-            ]
-            self._params.append([hand(p) for p, hand in zip(ps, hands, strict=True)])
-            self._slots.append(
-                {
-                    slot: [hand(t) for t, hand in zip(column, hands, strict=True)]
-                    for slot, column in columns.items()
-                }
-            )
-            self._buckets.append(replace(bucket, units=units))
-            self._whole.append(whole)
-            self._hands.append(hands)
-        self.key = tuple(
-            (b.key, b.device, b.dtype, *whole, *hands, *((p.shape, p.stride()) for p in ps))
-            for b, whole, hands, ps in zip(
-                self._buckets, self._whole, self._hands, self._params, strict=True
-            )
-        )
+    def __init__(self, update: Update, kwargs: dict[str, Any], *, ahead: bool) -> None:
+        if ahead:
+            only = {"guard_filter_fn": _about_gradients}
+            kwargs = kwargs | {"options": kwargs["options"] | only}
+        self._compiled: Any = torch.compile(update, **kwargs)
+        self._ahead = ahead
+        self._variants: list[Any] = []
 
-    def serves(self, flat: _tree.Flat, gs: Sequence[Tensor | None], state: State) -> bool:
-        """Whether the same tensors came again."""
-        tensors = flat.leaves + _slot_tensors(state)
-        return (
-            flat.names == self._names
-            and len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and _places(flat.leaves) == self._places
-            and [g is None for g in gs] == self._without
-        )
-
-    def run(self, graph: Graph, gs: Sequence[Tensor | None], state: State) -> None:
-        """One step, by a compiled :meth:`in_place`."""
-        count = state.step + 1
-        graph(
-            self._params,
-            [self._apart(bucket.pick(gs)) for bucket in self._buckets],
-            self._slots,
-            # Outside the graph: Inductor would inline them, powers and all, into its loops.
-            [bucket.scalars(count, state.hyperparams) for bucket in self._buckets],
-        )
-        state.step.copy_(count)
-
-    def _apart(self, gs: Tensors) -> Tensors:
-        """The gradients, copied where they are the very tensors to be written."""
-        return [g.clone() if g.data_ptr() in self._addresses else g for g in gs]
-
-    def in_place(self) -> Graph:
-        """The function that is compiled. It holds on to none of the tensors."""
-        buckets, whole, hands = self._buckets, self._whole, self._hands
-
-        def step(
-            params: list[Tensors], grads: list[Tensors], slots: list[Slots], scalars: list[Scalars]
-        ) -> None:
-            for i, bucket in enumerate(buckets):
-                gs = _pieces(grads[i], whole[i])
-                gs = [hand(g) for g, hand in zip(gs, hands[i], strict=True)]
-                for g, p in zip(gs, params[i], strict=True):
-                    # While it is traced only: another shape might broadcast.
-                    if g.shape != p.shape or g.dtype != p.dtype:
-                        raise ValueError("a gradient does not fit its parameter")
-                new, columns = bucket.update(params[i], gs, slots[i], scalars[i])
-                _write(params[i], new)
-                for slot, column in columns.items():
-                    _write(slots[i][slot], column)
-
-        return step
+    def ready(self, arguments: Arguments) -> Any:
+        """The update compiled for such arguments; nothing is written."""
+        if not self._ahead:
+            return self._compiled  # traces when it is called
+        for variant in self._variants:
+            if variant.guard_check(*arguments):
+                return variant
+        variant = self._compiled.aot_compile((arguments, {}))
+        variant.disable_guard_check()  # just done, and a third of the price of a call
+        self._variants.append(variant)
+        return variant
 
 
-def _pieces(tensors: Tensors, units: Sequence[Unit | None]) -> Tensors:
-    """The tensors, packed ones of mixed units cut into uniform parts."""
+def _compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
+    """Whether to call what Inductor made directly, without Dynamo's dispatch.
+
+    That is less than half the price for hundreds of tensors: a plan has checked params and state
+    already. Measured and tested on the CPU. Not for float64, where Dynamo takes 0-d tensors for
+    Python numbers, then starts anew, which ``aot_compile`` cannot.
+    """
+    options = kwargs.get("options") or {}
+    return (
+        kwargs.get("backend", "inductor") == "inductor"
+        and not {"triton.cudagraphs", "guard_filter_fn"} & {k for k, v in options.items() if v}
+        and all(b.device.type == "cpu" and b.dtype is not torch.float64 for b in buckets)
+        and not torch._inductor.config.force_disable_caches
+        and hasattr(torch.compile(_about_gradients), "aot_compile")
+    )
+
+
+def _about_gradients(guards: Sequence[Any]) -> list[bool]:
+    """Of Dynamo's guards, those on gradients and on global settings such as the threads."""
+    kept = ["grads" in guard.name for guard in guards]
+    if not any(kept):
+        raise RuntimeError("torch.compile guards no gradient under its name")
     return [
-        piece
-        for t, unit in zip(tensors, units, strict=True)
-        for piece in (cut(t, [m for m, _ in unit.parts]) if isinstance(unit, Stack) else [t])
+        about or guard.guard_type == "GLOBAL_STATE"
+        for about, guard in zip(kept, guards, strict=True)
     ]
-
-
-def _piece_units(unit: Unit | None) -> list[Units | None]:
-    return [u for _, u in unit.parts] if isinstance(unit, Stack) else [unit]
-
-
-def _write(old: Tensors, new: Tensors) -> None:
-    for o, n in zip(old, new, strict=True):
-        o.copy_(n)
-
-
-_Hand = Callable[[Tensor], Tensor]
-
-
-def _hand(units: Units | None, written: Tensors) -> _Hand:
-    """The view in which the graph gets a parameter, its slots and its gradient."""
-    if written[0].ndim == 0:
-        return _as_vector
-    return _turn if units == ROWS and any(t.is_contiguous() for t in written) else _as_is
-
-
-def _as_is(t: Tensor) -> Tensor:
-    return t.detach()
-
-
-def _turn(t: Tensor) -> Tensor:
-    # On the CPU, Inductor crashes (KeyError: 'bufN') where a mean over rows and the in-place update
-    # of a contiguous tensor share a graph: https://github.com/pytorch/pytorch/issues/188228.
-    # With the dimensions reversed the tensor is not contiguous, and the loops come out the same.
-    return t.detach().permute(*reversed(range(t.ndim)))
-
-
-def _as_vector(t: Tensor) -> Tensor:
-    # Inductor loses in-place writes to 0-d float64 tensors on the CPU.
-    return t.detach().view(1)
-
-
-def _places(params: Tensors) -> list[tuple[Any, ...]]:
-    """Where params lie: ``param.data = other`` keeps the object and moves it."""
-    return list(zip(map(Tensor.data_ptr, params), map(Tensor.stride, params), strict=True))
-
-
-def _slot_tensors(state: State) -> Tensors:
-    return [tensor for column in state.slots.values() for tensor in column.values()]
-
-
-def _require_own_memory(tensors: Tensors) -> None:
-    """Raise unless the tensors can be written one after the other without touching another."""
-    spans: list[tuple[int, int]] = []
-    for t in tensors:
-        if t.numel() == 0:
-            continue
-        extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        if extent < t.numel():
-            raise ValueError(
-                f"a tensor of shape {tuple(t.shape)} and strides {t.stride()} overlaps itself (it "
-                "is expanded?) and cannot be updated in place; clone it, or use donate=False"
-            )
-        spans.append((t.data_ptr(), t.data_ptr() + extent * t.element_size()))
-    spans.sort()
-    for (_, end), (start, _) in itertools.pairwise(spans):
-        if start < end:
-            raise ValueError(
-                "the address ranges of two tensors of params and state overlap, so that they may "
-                "share memory and cannot be updated in place; list tied weights once, clone what "
-                "is shared or interleaved, or use donate=False"
-            )
