@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DEMO := runs/demo
+BENCHMARKS := speed overhead memory compile_time train_step
 
 # Threads that spin while they wait make training ten times slower on a machine that is busy.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint format notebooks clean
+.PHONY: help demo test slow bench lint format notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -30,6 +31,11 @@ test: $(STAMPS)/dev ## run every test, doctest and notebook
 
 slow: $(STAMPS)/dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# Without the wait policy above, which would make short parallel loops slow.
+bench: $(STAMPS)/bench ## measure speed, memory and compile time against torch.optim; half an hour, on a quiet machine
+	for benchmark in $(BENCHMARKS); do \
+		env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.$$benchmark || exit 1; done
 
 lint: $(STAMPS)/dev ## check style, format and types
 	$(BIN)/ruff check .
@@ -57,6 +63,6 @@ $(STAMPS)/venv: constraints.txt
 	$(PIP_INSTALL) torch setuptools
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/recipes $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
+$(STAMPS)/recipes $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -15,11 +15,13 @@ from gcfunc.partition import partition
 from gcfunc.radam import radam
 from gcfunc.select import select
 from gcfunc.sgd import sgd, sgdw
+from gcfunc.train_step import TrainState, train_step
 
 __all__ = [
     "GC",
     "Optimizer",
     "State",
+    "TrainState",
     "Units",
     "adagrad",
     "adam",
@@ -36,6 +38,7 @@ __all__ = [
     "sgd",
     "sgdw",
     "state_dict",
+    "train_step",
     "unpack",
     "update_hyperparams",
 ]

@@ -191,8 +191,8 @@ class Part:
         return step
 
 
-PER_CALL = 3
-"""What calling one more graph in every step may save in tensors to compile, once."""
+PER_CALL = 10
+"""How many tensors compiled once must be saved to call one more graph in every step."""
 
 
 def _split(

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from gcfunc import _tree
+from gcfunc._compiled_train_step import CompiledTrainStep, DonatedTrainStep
 from gcfunc._optimizer import Bucket, Optimizer
 from gcfunc._plan import Arguments, Plan, Update
 from gcfunc._tree import Tree
 from gcfunc._types import State, require_state
+from gcfunc.train_step import TrainStep
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     # By default Inductor writes the moments to memory and reads them again for the parameter, as
     # the 0-d scalars they are made of count as reads.
     "realize_reads_threshold": 64,
     "realize_opcount_threshold": 256,
-    # Dynamo's guards have just checked the same sizes and strides.
+    # A product and a sum rounded once, as in torch's own kernels: fewer instructions.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # The plan and Dynamo's guards have just checked the same sizes and strides.
     "size_asserts": False,
 }
 """What :func:`compile` tells Inductor, for its own graphs alone."""
 
 
+@overload
 def compile(  # noqa: A001
     opt: Optimizer, *, donate: bool = True, **torch_compile_kwargs: Any
-) -> Compiled:
+) -> Compiled: ...
+
+
+@overload
+def compile(  # noqa: A001
+    opt: TrainStep, *, donate: bool = True, **torch_compile_kwargs: Any
+) -> CompiledTrainStep: ...
+
+
+def compile(  # noqa: A001
+    opt: Optimizer | TrainStep, *, donate: bool = True, **torch_compile_kwargs: Any
+) -> Compiled | CompiledTrainStep:
     """An optimizer whose step is compiled by :func:`torch.compile`, without graph breaks.
 
     A step is one graph. Donated, and on the CPU, a large model's is several, those for repeated
@@ -35,9 +51,10 @@ def compile(  # noqa: A001
     :func:`gcfunc.pack`.
 
     Args:
-        opt: Any optimizer of this library.
+        opt: Any optimizer of this library, or a whole :func:`gcfunc.train_step`.
         donate: ``True``: ``step`` updates the params and the state it is handed in place and
-            returns them, as torch.optim does. ``False``: ``step`` stays pure.
+            returns them, as torch.optim does. ``False``: ``step`` stays pure. A training step's
+            buffers are treated like its params.
         torch_compile_kwargs: For :func:`torch.compile`, such as ``mode`` or ``options``.
             ``fullgraph=True`` is set already, and a few of Inductor's options are; yours win.
 
@@ -62,17 +79,23 @@ def compile(  # noqa: A001
         >>> stepped is params, params["weight"]
         (True, tensor([[ 0.1000, -0.1000]]))
     """
-    if not isinstance(opt, Optimizer):
-        raise TypeError(f"opt must be an optimizer such as gcfunc.sgd(0.1), got {opt!r}")
+    if not isinstance(opt, Optimizer | TrainStep):
+        raise TypeError(
+            f"opt must be an optimizer such as gcfunc.sgd(0.1), or a train_step, got {opt!r}"
+        )
     kwargs = {"fullgraph": True, **torch_compile_kwargs}
     if kwargs.get("backend", "inductor") == "inductor":
         # torch.compile takes either a mode or options.
         mode = torch._inductor.list_mode_options(kwargs.pop("mode", None) or "default")
-        kwargs["options"] = INDUCTOR_OPTIONS | mode | (kwargs.get("options") or {})
+        known = {*torch._inductor.list_options()}  # it refuses what this version does not have
+        ours = {option: value for option, value in INDUCTOR_OPTIONS.items() if option in known}
+        kwargs["options"] = ours | mode | (kwargs.get("options") or {})
     # All functions compiled from one piece of source share a limit of 8 compilations unless told
     # otherwise, which torch can be since 2.13.
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         kwargs.setdefault("isolate_recompiles", True)
+    if isinstance(opt, TrainStep):
+        return DonatedTrainStep(opt, kwargs) if donate else CompiledTrainStep(opt, kwargs)
     return Donated(opt, kwargs) if donate else Compiled(opt, kwargs)
 
 
@@ -147,9 +170,11 @@ class _Graph:
     """An update in place, compiled for each layout that its gradients come in."""
 
     def __init__(self, update: Update, kwargs: dict[str, Any], *, ahead: bool) -> None:
+        # Dynamo would take a second model's sizes for the first one's changing.
+        kwargs = kwargs | {"dynamic": False}
         if ahead:
             only = {"guard_filter_fn": _about_gradients}
-            kwargs = kwargs | {"options": kwargs["options"] | only}
+            kwargs |= {"options": kwargs["options"] | only}
         self._compiled: Any = torch.compile(update, **kwargs)
         self._ahead = ahead
         self._variants: list[Any] = []

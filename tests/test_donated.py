@@ -394,4 +394,4 @@ def test_only_optimizers_are_compiled() -> None:
     opt = gcfunc.compile(gcfunc.sgd(0.1))
     for wrong in (opt, torch.optim.SGD, None):
         with pytest.raises(TypeError, match="opt must be an optimizer"):
-            gcfunc.compile(wrong)  # type: ignore[arg-type]
+            gcfunc.compile(wrong)  # type: ignore[call-overload]

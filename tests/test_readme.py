@@ -13,7 +13,7 @@ TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_loop_then_the_checkpoint_then_packed_then_the_mask(tmp_path: Path) -> None:
+def test_every_block_after_the_one_before(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -24,7 +24,7 @@ def test_the_loop_then_the_checkpoint_then_packed_then_the_mask(tmp_path: Path) 
         "schedule": schedule,
         "path": tmp_path / "checkpoint.pt",
     }
-    loop, checkpoint, packed, mask = BLOCKS
+    loop, checkpoint, packed, whole, mask = BLOCKS
     exec(loop, scope)
     params, state = scope["params"], scope["state"]
     assert state.step == 3
@@ -46,6 +46,14 @@ def test_the_loop_then_the_checkpoint_then_packed_then_the_mask(tmp_path: Path) 
     assert scope["params"].keys() == params.keys()
     assert (scope["params"]["3.bias"] - params["3.bias"]).abs().max() > 1e-5
     assert (scope["params"]["3.weight"] - params["3.weight"]).mean(1).abs().max() < 1e-7
+
+    exec(whole, scope)
+    trained = scope["train"].params
+    assert scope["train"].state.step == 3
+    for name, p in model.named_parameters():
+        assert torch.equal(p, trained[name])
+    assert (trained["3.weight"] - before["3.weight"]).mean(1).abs().max() < 1e-7
+    assert (trained["3.bias"] - before["3.bias"]).abs().max() > 1e-3
 
     exec(mask, scope)
     assert scope["opt"].init(params).hyperparams["lr"] == 1e-3

@@ -1,0 +1,79 @@
+"""How long the first step takes, beyond what a trivial compiled function costs.
+
+Each figure is a process of its own: cold with Inductor's cache empty, then warm with it filled.
+
+    python -m benchmarks.compile_time --models resnet50
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from benchmarks import measure, peers
+from benchmarks.shapes import MODELS, gpt2
+
+SIZES = MODELS | {"gpt2_48_blocks": lambda: gpt2(48)}
+FORMS = ("packed", "unpacked", "pure")
+
+
+def first_step(model: str, algorithm: str, form: str) -> dict[str, float]:
+    """Seconds of a trivial compilation, and of the first step less one more."""
+    trivial = measure.seconds(lambda: torch.compile(lambda x: x + 1)(torch.ones(3)))
+    # Lazily zeroed memory: the largest model need not fit.
+    params = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
+    grads = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
+    step = peers.ours(
+        algorithm, params, grads, gc="gc", packed=form == "packed", donate=form != "pure"
+    ).step
+    first, second = measure.seconds(step), measure.seconds(step)
+    return {"trivial": trivial, "first_step": first - second}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    parser.add_argument("--forms", nargs="+", default=["packed", "unpacked"], choices=FORMS)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "ALGORITHM", "FORM"))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(first_step(*args.one)))
+        return
+    rows: list[dict[str, Any]] = []
+    lines: list[list[object]] = []
+    for model in args.models:
+        for algorithm in args.algorithms:
+            for form in args.forms:
+                found = {}
+                with tempfile.TemporaryDirectory() as cache:
+                    for start in ("cold", "warm"):
+                        own = [sys.executable, "-m", "benchmarks.compile_time", "--one"]
+                        printed = subprocess.run(
+                            [*own, model, algorithm, form],
+                            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+                            check=True,
+                            stdout=subprocess.PIPE,
+                            text=True,
+                        )
+                        found[start] = json.loads(printed.stdout.splitlines()[-1])
+                row = {"model": model, "algorithm": algorithm, "form": form} | found
+                rows.append(row)
+                cold, warm = found["cold"], found["warm"]
+                times = [cold["first_step"], warm["first_step"], cold["trivial"]]
+                lines.append([model, algorithm, form, *(f"{t:.1f} s" for t in times)])
+                print(*lines[-1], flush=True)
+    head = ["model", "algorithm", "form", "cold", "warm", "trivial function, cold"]
+    measure.report("compile_time", measure.table(head, lines), rows)
+
+
+if __name__ == "__main__":
+    main()

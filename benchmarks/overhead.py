@@ -1,0 +1,48 @@
+"""What a call costs beyond its kernels: a step on 161 tensors of one element each.
+
+python -m benchmarks.overhead
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks import measure, peers
+
+CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
+    "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
+    "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
+    "torch foreach, no GC": partial(peers.torch_optim, foreach=True, loop=False),
+    "reference loop": peers.reference,
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tensors", type=int, default=161)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    args = parser.parse_args()
+    params = {f"layer{i}.weight": torch.ones(1, 1) for i in range(args.tensors)}
+    grads = {name: torch.ones(1, 1) for name in params}
+    rows = []
+    lines: list[list[object]] = []
+    for algorithm in args.algorithms:
+        for name, make in CANDIDATES.items():
+            baseline = peers.torch_optim(algorithm, params, grads, fused=True, loop=False)
+            result = measure.against(make(algorithm, params, grads).step, baseline.step)
+            rows.append({"algorithm": algorithm, "candidate": name} | result._asdict())
+            times = [result.seconds, result.baseline]
+            lines.append([algorithm, name, *(f"{1e6 * t:.0f} us" for t in times)])
+            lines[-1].append(f"{result.ratio:.2f}")
+            print(*lines[-1], flush=True)
+    head = ["algorithm", "step", "time", "torch fused, no GC", "ratio"]
+    measure.report("overhead", measure.table(head, lines), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What gcfunc is measured against: torch.optim, and the reference's algorithms as plain loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gcfunc
+from gcfunc import GC, Optimizer
+
+Params = dict[str, Tensor]
+Tree = Any
+
+
+class Peer(NamedTuple):
+    """A step to call again and again, and the params it moves."""
+
+    step: Callable[[], object]
+    params: Tree
+
+
+LR, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
+
+OURS: dict[str, Callable[[GC | str | None], Optimizer]] = {
+    "sgd": lambda gc: gcfunc.sgd(LR, MOMENTUM, weight_decay=DECAY, gc=gc),
+    "adamw": lambda gc: gcfunc.adamw(LR, gc=gc),
+    "adagrad": lambda gc: gcfunc.adagrad(LR, gc=gc),
+}
+TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda ps, **kw: torch.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
+    "adamw": lambda ps, **kw: torch.optim.AdamW(ps, LR, **kw),
+    "adagrad": lambda ps, **kw: torch.optim.Adagrad(ps, LR, **kw),
+}
+PASSES = {"sgd": 5, "adamw": 7, "adagrad": 5}
+"""How often a step must move each parameter's bytes: reads and writes of params, grads, slots."""
+
+
+def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **how: bool) -> Peer:
+    """torch.optim's step; with ``loop`` after a Python loop that centralizes the gradients."""
+    ps = [p.clone() for p in params.values()]
+    for p, g in zip(ps, grads.values(), strict=True):
+        p.grad = g.clone()
+    opt = TORCH[algorithm](ps, **how)
+
+    def centralize_and_step() -> None:
+        for p in ps:
+            if p.ndim > 1 and p.grad is not None:
+                p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
+        opt.step()
+
+    return Peer(centralize_and_step if loop else opt.step, dict(zip(params, ps, strict=True)))
+
+
+def ours(
+    algorithm: str, params: Params, grads: Params, *, gc: str | None, packed: bool, donate: bool
+) -> Peer:
+    """gcfunc's compiled step; pure ones go on from the same params and state again and again."""
+    opt = gcfunc.compile(OURS[algorithm](gc), donate=donate)
+    own: Tree = {name: p.clone() for name, p in params.items()}
+    own_grads: Tree = grads
+    if packed:
+        own = gcfunc.pack(own)
+        own_grads = gcfunc.pack(grads, like=own)
+    state = opt.init(own)
+    return Peer(lambda: opt.step(own, own_grads, state), own)
+
+
+def reference(algorithm: str, params: Params, grads: Params) -> Peer:
+    """The reference's algorithm tensor by tensor: some temporaries and a dozen calls for each."""
+    ps = [p.clone() for p in params.values()]
+    gs = [g.clone() for g in grads.values()]
+    first = [torch.zeros_like(p) for p in ps]
+    second = [torch.zeros_like(p) for p in ps]
+    t = 0
+
+    def centralized(g: Tensor) -> Tensor:
+        return g - g.mean(tuple(range(1, g.ndim)), keepdim=True) if g.ndim > 1 else g
+
+    def sgd() -> None:
+        for p, g, b in zip(ps, gs, first, strict=True):
+            u = centralized(g + DECAY * p)
+            b.mul_(MOMENTUM).add_(u)
+            p.add_(b, alpha=-LR)
+
+    def adamw() -> None:
+        nonlocal t
+        t += 1
+        for p, g, m, v in zip(ps, gs, first, second, strict=True):
+            u = centralized(g)
+            m.mul_(0.9).add_(u, alpha=0.1)
+            v.mul_(0.999).addcmul_(u, u, value=0.001)
+            denominator = v.sqrt().div_((1 - 0.999**t) ** 0.5).add_(1e-8)
+            update = m.div(1 - 0.9**t).div_(denominator).add_(p, alpha=0.01)
+            p.add_(update, alpha=-LR)
+
+    def adagrad() -> None:
+        for p, g, s in zip(ps, gs, first, strict=True):
+            u = centralized(g)
+            s.addcmul_(u, u)
+            p.addcdiv_(u, s.sqrt().add_(1e-10), value=-LR)
+
+    step = {"sgd": sgd, "adamw": adamw, "adagrad": adagrad}[algorithm]
+    return Peer(torch.no_grad()(step), dict(zip(params, ps, strict=True)))
