@@ -1,6 +1,6 @@
 """The peak memory of a step, against torch.optim's fused one.
 
-Each figure is a process of its own, which reads the kernel's high-water mark (Linux only).
+Each figure is a process of its own, which reads the kernel's high-water mark (Linux and glibc only).
 
     python -m benchmarks.memory --models gpt2
 """
@@ -8,6 +8,7 @@ Each figure is a process of its own, which reads the kernel's high-water mark (L
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import re
 import subprocess
@@ -45,8 +46,10 @@ def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float
     del params, grads
     for _ in range(3):
         peer.step()
+    libc = ctypes.CDLL(None)
     extra = []
     for _ in range(5):
+        libc.malloc_trim(0)  # or the temporaries of the steps before would count as held
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = status("VmRSS")
         peer.step()
