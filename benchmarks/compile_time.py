@@ -27,7 +27,6 @@ FORMS = ("packed", "unpacked", "pure")
 def first_step(model: str, algorithm: str, form: str) -> dict[str, float]:
     """Seconds of a trivial compilation, and of the first step less one more."""
     trivial = measure.seconds(lambda: torch.compile(lambda x: x + 1)(torch.ones(3)))
-    # Lazily zeroed memory: the largest model need not fit.
     params = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
     grads = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
     step = peers.ours(

@@ -1,6 +1,6 @@
 """The peak memory of a step, against torch.optim's fused one.
 
-Each figure is a process of its own, which reads the kernel's high-water mark (Linux and glibc only).
+Each figure is a process of its own, which reads the kernel's high-water mark (Linux, glibc).
 
     python -m benchmarks.memory --models gpt2
 """
@@ -35,7 +35,7 @@ def status(field: str) -> int:
 
 
 def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float]:
-    """Bytes that a step must hold (params, gradients, slots), and what it takes beyond them."""
+    """Bytes that a step must hold, and what it takes beyond all that lives between steps."""
     params, grads = tensors(model, "cpu")
     held = (2 + SLOTS[algorithm]) * sum(p.nbytes for p in params.values())
     make = HOW[candidate]

@@ -34,8 +34,6 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda ps, **kw: torch.optim.AdamW(ps, LR, **kw),
     "adagrad": lambda ps, **kw: torch.optim.Adagrad(ps, LR, **kw),
 }
-PASSES = {"sgd": 5, "adamw": 7, "adagrad": 5}
-"""How often a step must move each parameter's bytes: reads and writes of params, grads, slots."""
 
 
 def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **how: bool) -> Peer:

@@ -37,15 +37,6 @@ def tensors(model: str, device: str) -> tuple[peers.Params, peers.Params]:
     return params, grads
 
 
-def copied(params: peers.Params, device: str) -> float:
-    """Bytes a second of a plain copy, reads and writes counted."""
-    source = torch.cat([p.flatten() for p in params.values()])
-    target = torch.empty_like(source)
-    copy = partial(torch.mul, source, 1.0, out=target)  # copy_ uses one thread
-    times = sorted(measure.seconds(copy, device) for _ in range(25))
-    return 2 * source.nbytes / times[len(times) // 2]
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,23 +49,18 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in args.models:
         params, grads = tensors(model, args.device)
-        size = sum(p.nbytes for p in params.values())
-        bandwidth = copied(params, args.device)
         for algorithm in args.algorithms:
             for candidate in args.candidates:
                 baseline = peers.torch_optim(algorithm, params, grads, fused=True, loop=False)
                 peer = CANDIDATES[candidate](algorithm, params, grads)
                 result = measure.against(peer.step, baseline.step, args.device, args.seconds)
-                moved = peers.PASSES[algorithm] * size / result.seconds
                 rows.append(
                     {"model": model, "algorithm": algorithm, "candidate": candidate}
                     | result._asdict()
-                    | {"of_copy_bandwidth": moved / bandwidth}
                 )
                 print(
                     f"{model} {algorithm} {candidate}: {result.ratio:.2f} "
-                    f"[{result.low:.2f}, {result.high:.2f}], {1e3 * result.seconds:.2f} ms, "
-                    f"{moved / bandwidth:.0%} of a copy's bandwidth",
+                    f"[{result.low:.2f}, {result.high:.2f}], {1e3 * result.seconds:.2f} ms",
                     flush=True,
                 )
                 del baseline, peer

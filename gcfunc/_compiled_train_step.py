@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gcfunc import _tree
+from gcfunc._optimizer import require_scalars
 from gcfunc._plan import Differentiate, Plan
 from gcfunc._types import require_state
 from gcfunc.train_step import TrainState, TrainStep
@@ -62,17 +63,20 @@ class DonatedTrainStep(CompiledTrainStep):
         The :class:`TrainState` returned is the very one handed in. No autograd history is recorded.
         """
         self._train_step.require_own(train)
+        require_state(train.state)
+        require_scalars(train.state)
         plan, graph = self._planned(train)
         count = train.state.step + 1
-        [(params, _, slots, scalars)] = plan.arguments(
-            [None] * len(train.params), count, train.state
-        )
         # As vectors: Inductor loses in-place writes to 0-d float64 tensors on the CPU.
         buffers = {n: b if b.ndim else b.view(1) for n, b in train.buffers.items()}
         try:
+            [(params, _, slots, scalars)] = plan.arguments(
+                [None] * len(train.params), count, train.state
+            )
             results = graph(params, slots, scalars, buffers, inputs, targets)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
+            self._train_step.opt.prepare(train.params, train.params, train.state)
             self._train_step.gradients(train.params, train.buffers, inputs, targets)
             raise
         train.state.step.copy_(count)
@@ -80,7 +84,6 @@ class DonatedTrainStep(CompiledTrainStep):
 
     def _planned(self, train: TrainState) -> tuple[Plan, Callable[..., Any]]:
         flat = _tree.flatten(train.params, "params")
-        require_state(train.state)
         buffers = train.buffers.values()
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, flat.leaves, train.state, buffers):
@@ -88,10 +91,13 @@ class DonatedTrainStep(CompiledTrainStep):
             _, gs, buckets = self._train_step.opt.prepare(train.params, train.params, train.state)
             plan = Plan(buckets, flat, gs, train.state, split=False, besides=buffers)
             [part] = plan.parts
-            if part.key not in self._graphs:
+            # The graph finds tensors by name, and its buffers' shapes are constants in it.
+            named = [(name, b.shape) for name, b in train.buffers.items()]
+            key = part.key, *flat.names, *named
+            if key not in self._graphs:
                 step = part.update_after(_differentiate(self._train_step, train.buffers))
-                self._graphs[part.key] = torch.compile(step, **self._kwargs)
-            serving = self._serving = plan, self._graphs[part.key]
+                self._graphs[key] = torch.compile(step, **self._kwargs)
+            serving = self._serving = plan, self._graphs[key]
         return serving
 
 

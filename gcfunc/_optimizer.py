@@ -48,8 +48,11 @@ class Bucket:
         """The step's scalars, each cast once to what the lists are computed in."""
         own = {name: hyperparams[join(self.key, name)] for name in self.rule.hyperparams}
         wide = compute_dtype(self.dtype)
+        # Copies, as a compiled graph would take two of one tensor for the same forever.
         return {
-            name: scalar.to(self.device, wide if scalar.is_floating_point() else scalar.dtype)
+            name: scalar.to(
+                self.device, scalar.dtype if scalar.dtype is torch.bool else wide, copy=True
+            )
             for name, scalar in self.rule.scalars(count, own).items()
         }
 
@@ -239,12 +242,7 @@ class Optimizer:
         own = "this optimizer's state"
         _tree.require_names([*state.hyperparams], hyperparams, "state.hyperparams", own)
         _tree.require_names([*state.slots], slots, "state.slots", own)
-        for name, scalar in {"step": state.step, **state.hyperparams}.items():
-            if not isinstance(scalar, Tensor) or scalar.ndim:
-                raise TypeError(
-                    f"state: {name!r} must be a 0-d tensor, got {scalar!r}; "
-                    "gcfunc.update_hyperparams makes one of a number"
-                )
+        require_scalars(state)
         for slot, column in state.slots.items():
             what = f"state.slots[{slot!r}]"
             members = [i for key, rule in rules if slot in rule.slots for i in groups[key]]
@@ -265,6 +263,16 @@ class Optimizer:
             values += [f"gc={rule.gc}"] if rule.gc else []
             shown.append((f"{key}: " if key else "") + f"{rule.name}({', '.join(values)})")
         return "; ".join(shown)
+
+
+def require_scalars(state: State) -> None:
+    """Raise TypeError unless step and hyperparameters are 0-d tensors."""
+    for name, scalar in (("step", state.step), *state.hyperparams.items()):
+        if not isinstance(scalar, Tensor) or scalar.ndim:
+            raise TypeError(
+                f"state: {name!r} must be a 0-d tensor, got {scalar!r}; "
+                "gcfunc.update_hyperparams makes one of a number"
+            )
 
 
 def join(key: str, name: str) -> str:

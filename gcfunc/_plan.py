@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -43,10 +43,11 @@ class Plan:
     ) -> None:
         self._names = flat.names
         self._tensors = flat.leaves + _slot_tensors(state) + [*besides]
-        self._places = _places(flat.leaves)
+        self._places = _places(flat.leaves, self._tensors)
         self._without = [i for i, g in enumerate(gs) if g is None]
         _require_own_memory(self._tensors)
-        self._addresses = {t.data_ptr() for t in self._tensors if t.numel()}
+        self._written = {t.data_ptr() for t in self._tensors if t.numel()}
+        self._storages = {_storage(t) for t in self._tensors if t.numel()}
         self._buckets = buckets
         whole = [[(i, range(len(bucket.index))) for i, bucket in enumerate(buckets)]]
         self.parts = [
@@ -67,7 +68,7 @@ class Plan:
             flat.names == self._names
             and len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
-            and _places(flat.leaves) == self._places
+            and _places(flat.leaves, tensors) == self._places
             and [i for i, g in enumerate(gs) if g is None] == self._without
         )
 
@@ -76,9 +77,11 @@ class Plan:
     ) -> list[Arguments]:
         """What to call each part's compiled update with."""
         given = [g for g in gs if g is not None]
-        if not self._addresses.isdisjoint(map(Tensor.data_ptr, given)):
-            # A gradient is one of the very tensors to be written.
-            gs = [g.clone() if g is not None and g.data_ptr() in self._addresses else g for g in gs]
+        if any(map(Tensor._is_view, given)) or not self._written.isdisjoint(
+            map(Tensor.data_ptr, given)
+        ):
+            # A gradient may be, or be a view into, a tensor that is written before it is read.
+            gs = [g.clone() if g is not None and _storage(g) in self._storages else g for g in gs]
         # Outside the graph: Inductor would inline them, powers and all, into its loops.
         scalars = [bucket.scalars(count, state.hyperparams) for bucket in self._buckets]
         return [part.arguments(gs, scalars) for part in self.parts]
@@ -94,16 +97,16 @@ class Part:
         self._params: list[Tensors] = []
         self._slots: list[Slots] = []
         self._buckets: list[Bucket] = []
-        self._whole: list[list[Unit | None]] = []
+        self._units: list[list[Unit | None]] = []
         self._hands: list[list[Hand]] = []
         for _, bucket in buckets:
-            whole = bucket.units
-            ps = _pieces(bucket.pick(leaves), whole)
+            given = bucket.units
+            ps = _pieces(bucket.pick(leaves), given)
             columns = {
-                slot: _pieces([state.slots[slot][name] for name in bucket.names], whole)
+                slot: _pieces([state.slots[slot][name] for name in bucket.names], given)
                 for slot in bucket.rule.slots
             }
-            pieces = [u for unit in whole for u in _piece_units(unit)]
+            pieces = [u for unit in given for u in _piece_units(unit)]
             hands = [
                 _hand(u, [p, *slots])
                 for u, p, *slots in zip(pieces, ps, *columns.values(), strict=True)
@@ -120,20 +123,20 @@ class Part:
                 }
             )
             self._buckets.append(replace(bucket, units=units))
-            self._whole.append(whole)
+            self._units.append(given)
             self._hands.append(hands)
         self.key = tuple(
             (
                 bucket.key,
                 bucket.device,
                 bucket.dtype,
-                *whole,
+                *given,
                 *hands,
                 *((p.shape, p.stride()) for p in ps),
                 *(t.stride() for column in slots.values() for t in column),
             )
-            for bucket, whole, hands, ps, slots in zip(
-                self._buckets, self._whole, self._hands, self._params, self._slots, strict=True
+            for bucket, given, hands, ps, slots in zip(
+                self._buckets, self._units, self._hands, self._params, self._slots, strict=True
             )
         )
 
@@ -148,13 +151,13 @@ class Part:
 
     def update(self) -> Update:
         """The function to compile. It holds on to none of the tensors."""
-        buckets, whole, hands = self._buckets, self._whole, self._hands
+        buckets, given, hands = self._buckets, self._units, self._hands
 
         def update(
             params: list[Tensors], grads: list[Tensors], slots: list[Slots], scalars: list[Scalars]
         ) -> None:
             for i, bucket in enumerate(buckets):
-                gs = _pieces(grads[i], whole[i])
+                gs = _pieces(grads[i], given[i])
                 gs = [hand(g) for g, hand in zip(gs, hands[i], strict=True)]
                 for g, p in zip(gs, params[i], strict=True):
                     # While it is traced only: another shape might broadcast.
@@ -217,6 +220,7 @@ def _split(
             yield list(part.items())
 
 
+@lru_cache
 def _repeats(counts: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
     """How often to repeat which part, ``(repeats, tensors of each kind)``, for the least cost."""
 
@@ -286,9 +290,17 @@ _BACK: dict[Hand, Hand] = {_as_is: _as_is, _turn: _turn, _as_vector: _as_scalar}
 """How a leaf comes out of the view in which the graph got it."""
 
 
-def _places(params: Tensors) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Where params lie: ``param.data = other`` keeps the object and moves it."""
-    return list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
+def _places(params: Tensors, tensors: Tensors) -> tuple[list[Any], ...]:
+    """Where tensors lie: ``tensor.data = other`` keeps the object and moves it."""
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.size, params)),
+        list(map(Tensor.stride, params)),
+    )
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _slot_tensors(state: State) -> Tensors:

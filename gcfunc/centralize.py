@@ -212,7 +212,7 @@ def _units(name: str, leaf: Tensor, answer: Any) -> Units | None:
         return None
     if not units.fit(leaf):
         raise ValueError(f"where: {units} does not fit {name!r} of shape {tuple(leaf.shape)}")
-    return units
+    return units if units.dim else ROWS  # a row is a row, whatever block it is in
 
 
 def _show(where: Where) -> str:

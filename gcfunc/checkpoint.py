@@ -89,6 +89,15 @@ def _named(state: State) -> dict[str, Tensor]:
 
 
 def _column(tensors: dict[str, Tensor], like: Column) -> Column:
+    if isinstance(like, Packed):
+        for member in (member for leaf in like.layout.leaves for member in leaf.members):
+            first, *others = member.names
+            for other in others:
+                if not torch.equal(tensors[first], tensors[other]):
+                    raise ValueError(
+                        f"the checkpoint differs between {first!r} and {other!r}, which are tied"
+                    )
+                tensors[other] = tensors[first]
     return pack_like(tensors, like.layout) if isinstance(like, Packed) else tensors
 
 

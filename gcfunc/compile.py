@@ -10,7 +10,7 @@ import torch
 
 from gcfunc import _tree
 from gcfunc._compiled_train_step import CompiledTrainStep, DonatedTrainStep
-from gcfunc._optimizer import Bucket, Optimizer
+from gcfunc._optimizer import Bucket, Optimizer, require_scalars
 from gcfunc._plan import Arguments, Plan, Update
 from gcfunc._tree import Tree
 from gcfunc._types import State, require_state
@@ -56,13 +56,14 @@ def compile(  # noqa: A001
             returns them, as torch.optim does. ``False``: ``step`` stays pure. A training step's
             buffers are treated like its params.
         torch_compile_kwargs: For :func:`torch.compile`, such as ``mode`` or ``options``.
-            ``fullgraph=True`` is set already, and a few of Inductor's options are; yours win.
+            ``fullgraph=True`` is set already, and a few of Inductor's options are; yours win. A
+            donated step always compiles for fixed sizes.
 
     Returns:
         An object with the same ``init`` and ``step``. A changed hyperparameter does not compile
-        again. Params of other names or shapes do, and so does another pattern of missing gradients:
-        once each if donated, and up to torch's limit of 8 if not. A donated step keeps the tensors
-        of its latest call alive.
+        again. Params of other shapes do, and so does another pattern of missing gradients or
+        another layout of them: once each if donated, and up to torch's limit of 8 if not. A donated
+        step keeps the tensors of its latest call alive.
 
     Raises:
         TypeError: ``opt`` is no optimizer of this library, or compiled already.
@@ -141,6 +142,7 @@ class Donated(Compiled):
         flat = _tree.flatten(params, "params")
         gs = _tree.leaves_like(grads, flat.names, "grads", "params", flat.layout)
         require_state(state)
+        require_scalars(state)
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, gs, state):
             _, _, buckets = self._opt.prepare(params, grads, state)
@@ -204,6 +206,8 @@ def _compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
         kwargs.get("backend", "inductor") == "inductor"
         and not {"triton.cudagraphs", "guard_filter_fn"} & {k for k, v in options.items() if v}
         and all(b.device.type == "cpu" and b.dtype is not torch.float64 for b in buckets)
+        and kwargs["fullgraph"]
+        and not kwargs.get("disable")
         and not torch._inductor.config.force_disable_caches
         and hasattr(torch.compile(_about_gradients), "aot_compile")
     )

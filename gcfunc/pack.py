@@ -30,21 +30,22 @@ def pack(
 
     ``init``, ``step``, :func:`gcfunc.centralize` and :func:`gcfunc.compile` take the packed tree as
     they take any other, with the same results; ``where`` and ``labels`` are still asked about the
-    original names and tensors. So do :func:`gcfunc.state_dict` and
-    :func:`gcfunc.load_state_dict`: a checkpoint has the original names, and loads packed or not.
+    original names and tensors. A checkpoint made by :func:`gcfunc.state_dict` has the original
+    names, and loads packed or not.
     Gradients taken with respect to a packed tree (``torch.func.grad``) arrive packed.
 
     Args:
-        params: A pytree of tensors; nothing in it is written. A tensor that stands under two names
-            is packed once. Rows are stored in the order they have in memory, so that channels_last
-            weights stay so. A tensor whose dimension 0 is not the outermost in memory is copied as
-            it is.
+        params: A pytree of tensors; nothing in it is written. Tensors that are the same memory,
+            such as tied parameters, are packed once. Rows are stored in the order they have in
+            memory, so that channels_last weights stay so. A tensor whose dimension 0 is not the
+            outermost in memory is copied as it is.
 
             Or a module: the packed parameters are those that require grad, and the module's own
             become views of them, so that a donated step moves the module. What gives a module new
             storage (``to``, ``half``, ``load_state_dict(assign=True)``, ``deepcopy``) ends that.
-        like: Pack in the layout of this tree instead, as gradients must be. The gradients of tied
-            parameters are added up. Differentiable.
+        like: Pack in the layout of this tree instead, as gradients must be. Tied parameters have
+            one gradient: under one of their names with ``None`` under the others, or the same
+            tensor under all. Differentiable.
         labels: As given to :func:`gcfunc.partition`: tensors of different labels share no matrix.
 
     Returns:
@@ -73,6 +74,10 @@ def pack(
         if labels is not None:
             raise TypeError("labels is decided by like already; give one of the two")
         leaves = _tree.leaves_like(params, like.layout.names, "the tree to pack", "like")
+        given = [i for i, leaf in enumerate(leaves) if leaf is not None]
+        if given:
+            names = [like.layout.names[i] for i in given]
+            require_tensors(names, [leaves[i] for i in given], "the tree to pack")
         return pack_like(dict(zip(like.layout.names, leaves, strict=True)), like.layout)
     if isinstance(params, nn.Module):
         own = {name: p for name, p in params.named_parameters() if p.requires_grad}
@@ -155,24 +160,36 @@ def _gather(leaf: Leaf, tensors: Mapping[str, Tensor | None]) -> Tensor | None:
 
 
 def _untied(member: Member, tensors: Mapping[str, Tensor | None]) -> Tensor | None:
-    """A member's tensor; of tied parameters with a gradient each, their sum."""
-    own: list[Tensor] = []
-    for name in member.names:
-        t = tensors[name]
-        if t is not None and not any(t is other for other in own):
-            own.append(t)
-    return sum(own[1:], own[0]) if own else None
+    """A member's tensor, which stands under all names of it or is ``None`` under the others."""
+    own = [t for t in map(tensors.__getitem__, member.names) if t is not None]
+    if any(_memory(t) != _memory(own[0]) for t in own[1:]):
+        raise ValueError(
+            f"the tree to pack: {', '.join(map(repr, member.names))} are tied in the packed tree, "
+            "but have a tensor each; add up gradients, keep one of other tensors, and give None "
+            "for the others"
+        )
+    return own[0] if own else None
+
+
+def _memory(t: Tensor) -> Hashable:
+    """The same for two tensors that are one in memory."""
+    if t.numel() == 0 or type(t) not in (Tensor, nn.Parameter):
+        return id(t)
+    try:
+        return t.data_ptr(), t.shape, t.stride(), t.dtype
+    except RuntimeError:  # torch.func's tensors have no address
+        return id(t)
 
 
 def _layout(params: Tree, flat: _tree.Flat, labels: Labels | None) -> Layout:
     given = [None] * len(flat.names)
     if labels is not None:
         given = labels_of(labels, flat.names, flat.leaves)
-    names: dict[int, list[str]] = {}
+    names: dict[Hashable, list[str]] = {}
     alike: dict[Hashable, list[Tensor]] = {}
     for name, t, label in zip(flat.names, flat.leaves, given, strict=True):
-        names.setdefault(id(t), []).append(name)
-        if len(names[id(t)]) == 1:
+        names.setdefault(_memory(t), []).append(name)
+        if len(names[_memory(t)]) == 1:
             whole = None if _has_rows(t) else name
             width = t.shape[1:].numel() if t.ndim > 1 else None
             kind = label, whole, t.device, t.dtype, width, t.ndim >= MIN_DIMS["gcc"]
@@ -182,7 +199,7 @@ def _layout(params: Tree, flat: _tree.Flat, labels: Labels | None) -> Layout:
         kept = not _has_rows(ts[0])
         members = tuple(
             Member(
-                tuple(names[id(t)]),
+                tuple(names[_memory(t)]),
                 tuple(t.shape),
                 tuple(range(t.ndim)) if kept else _order(t),
                 t.shape[0] if t.ndim else 1,

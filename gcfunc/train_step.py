@@ -203,6 +203,7 @@ class TrainStep:
             raise TypeError(f"train must come from init or step, got {type(train).__name__}")
         now = [name for name, _ in self._objective.model.named_parameters()]
         buffers = [name for name, _ in self._objective.model.named_buffers()]
+        _require_no_hooks(self._objective.model)
         own = "the model's"
         _tree.require_names(now, self._all_names, "the model", "what train_step was given")
         _tree.require_names([*train.params], self._names, "train.params", f"{own} trained ones")
@@ -306,10 +307,20 @@ def _require_model(model: Any) -> None:
     for name, param in model.named_parameters():
         if nn.parameter.is_lazy(param):
             raise ValueError(f"model: {name!r} has no shape yet; run the model once")
-        if param._backward_hooks:
-            raise ValueError(f"model: {name!r} has a hook, which torch.func would skip")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter that requires grad")
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(
+                f"model: module {name!r} has a backward hook, which torch.func refuses"
+            )
+    _require_no_hooks(model)
+
+
+def _require_no_hooks(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            raise ValueError(f"model: {name!r} has a hook, which torch.func would skip")
 
 
 def _require_loss_fn(loss_fn: Any) -> None:

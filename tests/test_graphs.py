@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -200,3 +200,107 @@ def test_where_graphs_cannot_be_compiled_ahead(
             params, state = opt.step(params, grads, state)
     assert largest_difference(own, params) < 1e-5
     assert graphs() == 1
+
+
+Change = Callable[[Params, gcfunc.State], gcfunc.State]
+
+
+def other_hyperparams(**values: Tensor) -> Change:
+    def change(params: Params, state: gcfunc.State) -> gcfunc.State:
+        return state._replace(hyperparams=state.hyperparams | values)
+
+    return change
+
+
+def moved(params: Params, state: gcfunc.State) -> gcfunc.State:
+    for t in [*params.values(), *state.slots["momentum_buffer"].values()]:
+        t.data = t.data.clone()
+    return state
+
+
+def transposed(params: Params, state: gcfunc.State) -> gcfunc.State:
+    params["a"].t_()
+    return state
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_hyperparams(lr=torch.tensor(1)),
+        other_hyperparams(lr=torch.tensor(0.5), momentum=torch.tensor(0.25)),
+        moved,
+        transposed,
+    ],
+    ids=["integer lr", "float32 hyperparameters", "moved", "transposed"],
+)
+def test_what_changes_between_steps_is_seen(change: Change) -> None:
+    """Though nobody but the plan looks at params and state."""
+    opt = gcfunc.sgd(0.1, 0.9, gc="gc")
+    compiled = gcfunc.compile(opt)
+    params = {"a": torch.randn(4, 4), "b": torch.randn(3, 2)}
+    own = {name: p.clone() for name, p in params.items()}
+    same = torch.tensor(0.5)
+    shared = other_hyperparams(lr=same, momentum=same)
+    state, own_state = (shared(p, opt.init(p)) for p in (params, own))
+    for t in range(3):
+        grads = random_like(params, t)
+        params, state = opt.step(params, grads, state)
+        compiled.step(own, grads, own_state)
+        assert largest_difference(own, params) < 1e-6
+        if t == 1:
+            state, own_state = change(params, state), change(own, own_state)
+
+
+def test_hyperparameters_are_checked_in_every_step() -> None:
+    compiled = gcfunc.compile(gcfunc.sgd(0.1))
+    params = {"w": torch.ones(2)}
+    state = compiled.init(params)
+    compiled.step(params, params, state)
+    wrongs: list[Any] = [0.1, torch.ones(2)]
+    for lr in wrongs:
+        wrong = state._replace(hyperparams=state.hyperparams | {"lr": lr})
+        with pytest.raises(TypeError, match="'lr' must be a 0-d tensor"):
+            compiled.step(params, params, wrong)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_that_are_views_of_params(first: int) -> None:
+    opt = gcfunc.sgd(0.1, gc="gc")
+    compiled = gcfunc.compile(opt)
+    params = {"a": torch.randn(6, 4), "b": torch.randn(5, 4)}
+    own = {name: p.clone() for name, p in params.items()}
+    state, own_state = opt.init(params), compiled.init(own)
+    for t in range(3):
+        grads = random_like(params, t)
+        own_grads = grads
+        if t >= first:
+            grads, own_grads = grads | {"b": params["a"][1:]}, grads | {"b": own["a"][1:]}
+        params, state = opt.step(params, grads, state)
+        compiled.step(own, own_grads, own_state)
+        assert largest_difference(own, params) < 1e-6
+
+
+@pytest.mark.parametrize("at", ["gradient", "update"])
+def test_rows_in_blocks(at: Literal["gradient", "update"]) -> None:
+    opt = gcfunc.adamw(0.01, gc=gcfunc.GC(lambda name, tensor: gcfunc.Units(0, 2), at=at))
+    rows = gcfunc.adamw(0.01, gc=gcfunc.GC("gc", at=at))
+    compiled = gcfunc.compile(opt)
+    params = {"a": torch.randn(6, 8, 3, 3), "b": torch.randn(4, 70)}
+    own = {name: p.clone() for name, p in params.items()}
+    state, own_state = rows.init(params), compiled.init(own)
+    for t in range(2):
+        grads = random_like(params, t)
+        params, state = rows.step(params, grads, state)
+        compiled.step(own, grads, own_state)
+    assert largest_difference(own, params) < 1e-6
+
+
+@pytest.mark.parametrize("kwargs", [{"fullgraph": False}, {"disable": True}, {"dynamic": True}])
+def test_other_ways_to_compile(kwargs: dict[str, bool]) -> None:
+    opt = gcfunc.sgd(0.1, gc="gc")
+    params = {"a": torch.randn(3, 2)}
+    grads = random_like(params, 0)
+    expected, _ = opt.step(params, grads, opt.init(params))
+    compiled = gcfunc.compile(opt, **kwargs)
+    compiled.step(params, grads, compiled.init(params))
+    assert largest_difference(params, expected) < 1e-6

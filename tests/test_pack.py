@@ -131,7 +131,8 @@ def test_where_means_the_original_tensors(where: Any, donate: bool, fresh_compil
 
 @pytest.mark.parametrize("where", ["rule", *WHERES])
 def test_donated_by_inductor(where: str, fresh_compiler: None) -> None:
-    params = {name: p for name, p in awkward_params().items() if p.dtype == torch.float64}
+    """In float32, where graphs are compiled ahead."""
+    params = {name: p.float() for name, p in awkward_params().items() if p.dtype == torch.float64}
     mask = WHERES.get(where, "gc")
     if where == "mask":
         mask = {name: mask[name] for name in params}
@@ -144,7 +145,7 @@ def test_donated_by_inductor(where: str, fresh_compiler: None) -> None:
         grads = random_like(params, seed)
         params, state = opt.step(params, grads, state)
         compiled.step(packed, gcfunc.pack(grads, like=packed), packed_state)
-    assert largest_difference(gcfunc.unpack(packed), params) < 1e-12
+    assert largest_difference(gcfunc.unpack(packed), params) < 1e-5
     assert places == [t.data_ptr() for t in packed.values()]
 
 
@@ -219,7 +220,6 @@ def test_gradients_arrive_packed(model: nn.Module, memory_format: torch.memory_f
 
 def test_tied_parameters_are_packed_once(model: nn.Module) -> None:
     twice = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
-    twice["two.weight"] = twice["one.weight"]
     packed = gcfunc.pack(twice)
     once = gcfunc.pack({n: p.detach() for n, p in model.named_parameters()})
     assert sum(t.numel() for t in packed.values()) == sum(t.numel() for t in once.values())
@@ -234,11 +234,29 @@ def test_tied_parameters_are_packed_once(model: nn.Module) -> None:
     whole = autograd(model, batch(0))["one.weight"]
     for grads in (
         grad(lambda p: loss(gcfunc.unpack(p)))(packed),
-        # One part from each name, or the whole from both.
-        gcfunc.pack(grad(loss)(twice), like=packed),
         gcfunc.pack({**twice, "one.weight": whole, "two.weight": whole}, like=packed),
+        gcfunc.pack({**twice, "one.weight": whole, "two.weight": None}, like=packed),
     ):
         torch.testing.assert_close(gcfunc.unpack(grads)["two.weight"], whole)
+
+
+def test_tied_parameters_in_other_trees(model: nn.Module) -> None:
+    """Values are not added up as if they were the parts of a gradient."""
+    twice = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    packed = gcfunc.pack(twice)
+    assert largest_difference(gcfunc.unpack(gcfunc.pack(twice, like=packed)), twice) == 0
+    apart = {name: t.clone() for name, t in twice.items()}
+    with pytest.raises(ValueError, match=r"'one.weight', 'two.weight' are tied"):
+        gcfunc.pack(apart, like=packed)
+    opt = gcfunc.adamw(gc="gc")
+    grads = gcfunc.pack(twice, like=packed)
+    _, state = opt.step(packed, grads, opt.init(packed))
+    saved = {name: t.clone() for name, t in gcfunc.state_dict(state).items()}
+    loaded = gcfunc.load_state_dict(opt.init(packed), saved)
+    assert largest_difference(gcfunc.state_dict(loaded), saved) == 0
+    saved["exp_avg.two.weight"] += 1
+    with pytest.raises(ValueError, match=r"differs between 'one.weight' and 'two.weight'"):
+        gcfunc.load_state_dict(opt.init(packed), saved)
 
 
 def test_a_module_trains_on_packed_storage(model: nn.Module, fresh_compiler: None) -> None:
@@ -345,6 +363,7 @@ def test_copies_and_pickles() -> None:
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert largest_difference(gcfunc.unpack(twin), gcfunc.unpack(packed)) == 0
         gcfunc.adamw(gc="gc").init(twin)
+        assert twin != packed
 
 
 TWO: Any = {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
@@ -372,6 +391,12 @@ OTHER = gcfunc.pack({"b": torch.ones(2, 3), "a": torch.ones(2, 3)})
             lambda p: gcfunc.pack({**TWO, "b": torch.ones(2, 3).double()}, like=p),
             ValueError,
             "'b' has dtype torch.float64, expected torch.float32",
+        ),
+        (lambda p: gcfunc.pack({**TWO, "b": 1.0}, like=p), TypeError, "'b' must be a tensor"),
+        (
+            lambda p: gcfunc.pack({**TWO, "b": TWO["b"].to_sparse()}, like=p),
+            TypeError,
+            "'b' has layout",
         ),
         (lambda p: gcfunc.pack(TWO, like=p, labels=TWO), TypeError, "one of the two"),
         (lambda p: gcfunc.unpack(TWO), TypeError, "must come from gcfunc.pack, got dict"),

@@ -1053,3 +1053,76 @@ def test_repr() -> None:
         "train_step(Linear, sgd(lr=0.1, weight_decay=0.0), has_aux=True, clip_norm=1.0)"
     )
     assert repr(gcfunc.compile(step)) == f"compile({step!r})"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_donated_params_in_another_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    pure = gcfunc.train_step(model, nn.functional.mse_loss, gcfunc.sgd(0.1, gc="gc"))
+    donated = gcfunc.compile(pure, backend="aot_eager")
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    donated(donated.init(), x, y)
+    first = pure.init()
+    params = dict(reversed(first.params.items()))
+    turned = first._replace(params=params, state=pure.opt.init(params))
+    expected, loss = pure(turned, x, y)
+    actual, own_loss = donated(turned, x, y)
+    torch.testing.assert_close(own_loss, loss)
+    torch.testing.assert_close(actual.params, expected.params)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_donated_buffers_of_another_shape() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2, bias=False)
+            self.register_buffer("scale", torch.arange(6.0).view(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x) * self.get_buffer("scale").sum(1)[:2]
+            return out
+
+    pure = gcfunc.train_step(Scaled(), nn.functional.mse_loss, gcfunc.sgd(0.1))
+    donated = gcfunc.compile(pure, backend="aot_eager")
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    for shape in ((2, 3), (3, 2)):
+        train = pure.init()._replace(buffers={"scale": torch.arange(6.0).view(shape)})
+        _, loss = pure(train, x, y)
+        torch.testing.assert_close(donated(train, x, y)[1], loss)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_refused(when: str, kind: str) -> None:
+    model = nn.Linear(2, 2)
+    if when == "before":
+        getattr(model.weight, kind)(lambda g: None)
+        with pytest.raises(ValueError, match="'weight' has a hook"):
+            gcfunc.train_step(model, nn.functional.mse_loss, gcfunc.sgd(0.1))
+        return
+    step = gcfunc.train_step(model, nn.functional.mse_loss, gcfunc.sgd(0.1))
+    getattr(model.weight, kind)(lambda g: None)
+    with pytest.raises(ValueError, match="'weight' has a hook"):
+        step(step.init(), torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_hooks_on_modules_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    with pytest.raises(ValueError, match="has a backward hook"):
+        gcfunc.train_step(model, nn.functional.mse_loss, gcfunc.sgd(0.1))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_donated_steps_check_hyperparameters_every_time() -> None:
+    donated = gcfunc.compile(
+        gcfunc.train_step(nn.Linear(2, 2), nn.functional.mse_loss, gcfunc.sgd(0.1)),
+        backend="aot_eager",
+    )
+    train, _ = donated(donated.init(), torch.ones(1, 2), torch.ones(1, 2))
+    wrong: Any = train.state.hyperparams | {"lr": 0.05}
+    train = train._replace(state=train.state._replace(hyperparams=wrong))
+    with pytest.raises(TypeError, match="'lr' must be a 0-d tensor"):
+        donated(train, torch.ones(1, 2), torch.ones(1, 2))
