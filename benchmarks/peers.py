@@ -53,9 +53,19 @@ def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **
 
 
 def ours(
-    algorithm: str, params: Params, grads: Params, *, gc: str | None, packed: bool, donate: bool
+    algorithm: str,
+    params: Params,
+    grads: Params,
+    *,
+    gc: str | None,
+    packed: bool,
+    donate: bool,
+    packing: bool = False,
 ) -> Peer:
-    """gcfunc's compiled step; pure ones go on from the same params and state again and again."""
+    """gcfunc's compiled step; pure ones go on from the same params and state again and again.
+
+    Gradients for packed params are packed beforehand or, with ``packing``, in every step.
+    """
     opt = gcfunc.compile(OURS[algorithm](gc), donate=donate)
     own: Tree = {name: p.clone() for name, p in params.items()}
     own_grads: Tree = grads
@@ -63,6 +73,8 @@ def ours(
         own = gcfunc.pack(own)
         own_grads = gcfunc.pack(grads, like=own)
     state = opt.init(own)
+    if packing:
+        return Peer(lambda: opt.step(own, gcfunc.pack(grads, like=own), state), own)
     return Peer(lambda: opt.step(own, own_grads, state), own)
 
 

@@ -19,6 +19,9 @@ from benchmarks.shapes import MODELS
 CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
     "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
     "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
+    "gcfunc packed, and packing": partial(
+        peers.ours, gc="gc", packed=True, donate=True, packing=True
+    ),
     "gcfunc packed, no GC": partial(peers.ours, gc=None, packed=True, donate=True),
     "torch fused + loop": partial(peers.torch_optim, fused=True, loop=True),
     "torch foreach, no GC": partial(peers.torch_optim, foreach=True, loop=False),
