@@ -57,13 +57,9 @@ class Leaf:
     width: tuple[int, ...]
     whole: bool
 
-    def cut(self, tensor: Tensor) -> list[Tensor]:
-        """The members as views, each in its own shape."""
-        return cut(tensor, self.members)
-
 
 def cut(tensor: Tensor, members: Sequence[Member]) -> list[Tensor]:
-    """A packed tensor's members as views."""
+    """A packed tensor's members as views, each in its own shape."""
     if len(members) == 1:
         return [members[0].view(tensor)]
     # split, not slices: its derivative is one concatenation.
@@ -78,7 +74,7 @@ class Layout:
     Attributes:
         leaves: The packed tensors.
         names: The original tree's dotted names in its order, ties included.
-        spec: How to rebuild the original tree; ``None`` for a flat dict.
+        spec: The original tree's structure; ``None`` for a flat dict.
     """
 
     leaves: tuple[Leaf, ...]
@@ -97,7 +93,7 @@ class Layout:
         """Views of the packed tensors under the original names, in the original order."""
         views: dict[str, Tensor] = {}
         for leaf, tensor in zip(self.leaves, tensors, strict=True):
-            for member, view in zip(leaf.members, leaf.cut(tensor), strict=True):
+            for member, view in zip(leaf.members, cut(tensor, leaf.members), strict=True):
                 views.update(dict.fromkeys(member.names, view))
         return {name: views[name] for name in self.names}
 

@@ -53,8 +53,8 @@ def pack(
 
     Raises:
         TypeError: a leaf is no strided tensor of a supported dtype, or ``like`` is not packed.
-        ValueError: there are no tensors, or they do not match ``like``: names, shapes, dtypes, or
-            a gradient is ``None`` while others of its matrix are not.
+        ValueError: there are no tensors; or they do not match ``like`` in names or shapes, those of
+            one matrix differ in dtype or device or are ``None`` in part, or tied ones differ.
 
     Example:
         >>> import torch, gcfunc
@@ -212,6 +212,7 @@ def _layout(params: Tree, flat: _tree.Flat, labels: Labels | None) -> Layout:
         while name in leaves:
             name += "'"
         leaves[name] = Leaf(name, members, tuple(width), kept)
+    # The commonest tree needs none, and torch's warns where it is copied or pickled.
     spec = None if _is_flat_dict(params) else pytree.tree_structure(params)
     return Layout(tuple(leaves.values()), tuple(flat.names), spec)
 

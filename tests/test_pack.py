@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.func import functional_call, grad
 from torch.utils import _pytree as pytree
 
@@ -158,6 +159,8 @@ def test_the_pure_step_compiles_to_one_graph(fresh_compiler: None) -> None:
     state = opt.init(packed)
     expected, _ = opt.step(packed, grads, state)
     actual, _ = compiled(packed, grads, state)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
     assert largest_difference(gcfunc.unpack(actual), gcfunc.unpack(expected)) < 1e-12
 
 
