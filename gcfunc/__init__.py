@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from gcfunc import hooks
 from gcfunc._optimizer import Optimizer
 from gcfunc._types import GC, State, update_hyperparams
 from gcfunc.adagrad import adagrad
@@ -28,6 +29,7 @@ __all__ = [
     "adamw",
     "centralize",
     "compile",
+    "hooks",
     "load_state_dict",
     "lookahead",
     "pack",

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfunc import _sharding
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,6 +24,11 @@ def require_tensors(names: Sequence[str], leaves: Sequence[Any], what: str) -> N
         if leaf.layout is not torch.strided or leaf.is_nested:
             layout = "nested" if leaf.is_nested else leaf.layout
             raise TypeError(f"{what}: {name!r} has layout {layout}; only strided is supported")
+        if _sharding.is_partial(leaf) and what == "params":
+            raise TypeError(
+                f"{what}: {name!r} is {_sharding.describe(leaf)}, parts that have yet to be added "
+                "up; redistribute it to Shard or Replicate"
+            )
         if leaf.is_meta:
             raise TypeError(f"{what}: {name!r} is on the meta device and has no values")
         if leaf.dtype not in FLOATS:
@@ -31,8 +38,13 @@ def require_tensors(names: Sequence[str], leaves: Sequence[Any], what: str) -> N
             )
 
 
-def require_like(what: str, name: str, tensor: Any, param: Tensor) -> None:
-    """Raise unless the tensor has its parameter's shape, dtype and device."""
+def require_like(
+    what: str, name: str, tensor: Any, param: Tensor, *, sharded: bool = False
+) -> None:
+    """Raise unless the tensor has its parameter's shape, dtype, device and processes.
+
+    If ``sharded``, each process must also hold the same part of both.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what}: {name!r} must be a tensor, got {type(tensor).__name__}")
     for what_differs in ("shape", "dtype", "device"):
@@ -42,3 +54,9 @@ def require_like(what: str, name: str, tensor: Any, param: Tensor) -> None:
             raise ValueError(
                 f"{what}: {name!r} has {what_differs} {have}, but its parameter has {want}"
             )
+    same = _sharding.same_sharding if sharded else _sharding.same_mesh
+    if not same(tensor, param):
+        raise ValueError(
+            f"{what}: {name!r} is {_sharding.describe(tensor)}, but its parameter is "
+            f"{_sharding.describe(param)}"
+        )

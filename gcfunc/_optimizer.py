@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfunc import _tree
+from gcfunc import _sharding, _tree
 from gcfunc._check import require_like, require_tensors
 from gcfunc._foreach import Tensors, compute_dtype, under_vmap
 from gcfunc._hyperparams import to_scalars
 from gcfunc._packed import Column, Layout, Packed, column_like
 from gcfunc._tree import Flat, Tree
 from gcfunc._types import Rule, Scalars, Slots, State, require_state
-from gcfunc.centralize import Unit, resolve
+from gcfunc.centralize import Unit, of_parts, resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,20 +147,21 @@ class Optimizer:
         new: dict[str, Tensor] = {}
         new_slots: dict[str, dict[str, Tensor]] = {slot: {} for slot in state.slots}
         for bucket in buckets:
-            ps = bucket.pick(leaves)
+            wholes = bucket.pick(leaves)
+            ps = [_sharding.local(p) for p in wholes]
             columns = {
-                slot: [state.slots[slot][name] for name in bucket.names]
+                slot: [_sharding.local(state.slots[slot][name]) for name in bucket.names]
                 for slot in bucket.rule.slots
             }
             stepped, new_columns = bucket.update(
                 ps,
-                bucket.pick(gs),
+                [_sharding.local_like(g, p) for g, p in zip(bucket.pick(gs), wholes, strict=True)],
                 columns,
                 bucket.scalars(count, state.hyperparams),
             )
-            new.update(zip(bucket.names, _laid_out(stepped, ps), strict=True))
+            new.update(zip(bucket.names, _laid_out(stepped, ps, wholes), strict=True))
             for slot, column in new_columns.items():
-                column = _laid_out(column, columns[slot])
+                column = _laid_out(column, columns[slot], wholes)
                 new_slots[slot].update(zip(bucket.names, column, strict=True))
         return (
             rebuild([*_or_clones(new, old).values()]),
@@ -231,7 +232,10 @@ class Optimizer:
 
     def _units(self, key: str, flat: Flat, members: Sequence[int]) -> list[Unit | None]:
         gc = self.rules[key].gc
-        return resolve(gc.where, flat, members) if gc else [None] * len(members)
+        if gc is None:
+            return [None] * len(members)
+        units = resolve(gc.where, flat, members)
+        return of_parts(units, [flat.leaves[i] for i in members])
 
     def _require_state(self, flat: Flat, groups: Mapping[str, Sequence[int]], state: State) -> None:
         require_state(state)
@@ -254,7 +258,7 @@ class Optimizer:
                 )
             _tree.require_names([*column], [names[i] for i in members], what, "params")
             for i in members:
-                require_like(what, names[i], column[names[i]], leaves[i])
+                require_like(what, names[i], column[names[i]], leaves[i], sharded=True)
 
     def __repr__(self) -> str:
         shown = []
@@ -289,17 +293,17 @@ def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     return tensors if tensors[0].dtype is dtype else [t.to(dtype) for t in tensors]
 
 
-def _laid_out(new: Tensors, old: Tensors) -> Tensors:
-    """The new tensors with the strides of the old.
+def _laid_out(new: Tensors, old: Tensors, wholes: Tensors) -> Tensors:
+    """The new tensors with the strides of the old, and sharded as ``wholes`` are.
 
-    They differ where a dimension has size 1 and the gradient is laid out otherwise, as that of a
+    Strides differ where a dimension has size 1 and the gradient is laid out otherwise, as that of a
     depthwise weight in channels_last is.
     """
     if under_vmap():
         return new
     return [
-        n if n.stride() == o.stride() else torch.empty_like(o).copy_(n)
-        for n, o in zip(new, old, strict=True)
+        _sharding.whole(n if n.stride() == o.stride() else torch.empty_like(o).copy_(n), like)
+        for n, o, like in zip(new, old, wholes, strict=True)
     ]
 
 

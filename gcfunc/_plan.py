@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gcfunc import _tree
+from gcfunc import _sharding, _tree
+from gcfunc._check import require_like
 from gcfunc._foreach import Tensors
 from gcfunc._optimizer import Bucket
 from gcfunc._packed import cut
 from gcfunc._types import Scalars, Slots, State
-from gcfunc.centralize import ROWS, Stack, Unit, Units
+from gcfunc.centralize import ROWS, Sharded, Stack, Unit, Units
 
 Arguments = tuple[list[Tensors], list[Tensors], list[Slots], list[Scalars]]
 Update = Callable[[list[Tensors], list[Tensors], list[Slots], list[Scalars]], None]
@@ -43,17 +44,22 @@ class Plan:
     ) -> None:
         self._names = flat.names
         self._tensors = flat.leaves + _slot_tensors(state) + [*besides]
-        self._places = _places(flat.leaves, self._tensors)
+        self._wholes = flat.leaves if _sharding.any_dtensors(flat.leaves) else None
+        tensors, leaves = self._local(self._tensors), self._local(flat.leaves)
+        self._places = _places(leaves, tensors)
         self._without = [i for i, g in enumerate(gs) if g is None]
-        _require_own_memory(self._tensors)
-        self._written = {t.data_ptr() for t in self._tensors if t.numel()}
-        self._storages = {_storage(t) for t in self._tensors if t.numel()}
+        _require_own_memory(tensors)
+        self._written = {t.data_ptr() for t in tensors if t.numel()}
+        self._storages = {_storage(t) for t in tensors if t.numel()}
         self._buckets = buckets
         whole = [[(i, range(len(bucket.index))) for i, bucket in enumerate(buckets)]]
         self.parts = [
-            Part([(i, buckets[i].only(members)) for i, members in part], flat.leaves, state)
-            for part in (_split(buckets, flat.leaves) if split else whole)
+            Part([(i, buckets[i].only(members)) for i, members in part], leaves, state)
+            for part in (_split(buckets, leaves) if split else whole)
         ]
+
+    def _local(self, tensors: Tensors) -> Tensors:
+        return tensors if self._wholes is None else [_sharding.local(t) for t in tensors]
 
     def serves(
         self,
@@ -68,7 +74,7 @@ class Plan:
             flat.names == self._names
             and len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
-            and _places(flat.leaves, tensors) == self._places
+            and _places(self._local(flat.leaves), self._local(tensors)) == self._places
             and [i for i, g in enumerate(gs) if g is None] == self._without
         )
 
@@ -76,6 +82,11 @@ class Plan:
         self, gs: Sequence[Tensor | None], count: Tensor, state: State
     ) -> list[Arguments]:
         """What to call each part's compiled update with."""
+        if self._wholes is not None:
+            gs = [
+                g if g is None else _local_gradient(name, g, p)
+                for name, g, p in zip(self._names, gs, self._wholes, strict=True)
+            ]
         given = [g for g in gs if g is not None]
         if any(map(Tensor._is_view, given)) or not self._written.isdisjoint(
             map(Tensor.data_ptr, given)
@@ -103,7 +114,9 @@ class Part:
             given = bucket.units
             ps = _pieces(bucket.pick(leaves), given)
             columns = {
-                slot: _pieces([state.slots[slot][name] for name in bucket.names], given)
+                slot: _pieces(
+                    [_sharding.local(state.slots[slot][name]) for name in bucket.names], given
+                )
                 for slot in bucket.rule.slots
             }
             pieces = [u for unit in given for u in _piece_units(unit)]
@@ -247,7 +260,7 @@ def _pieces(tensors: Tensors, units: Sequence[Unit | None]) -> Tensors:
     ]
 
 
-def _piece_units(unit: Unit | None) -> list[Units | None]:
+def _piece_units(unit: Unit | None) -> list[Units | Sharded | None]:
     return [u for _, u in unit.parts] if isinstance(unit, Stack) else [unit]
 
 
@@ -259,7 +272,7 @@ def _write(old: Tensors, new: Tensors) -> None:
 Hand = Callable[[Tensor], Tensor]
 
 
-def _hand(units: Units | None, written: Tensors) -> Hand:
+def _hand(units: Unit | None, written: Tensors) -> Hand:
     """The view in which the graph gets a parameter, its slots and its gradient."""
     if written[0].ndim == 0:
         return _as_vector
@@ -288,6 +301,11 @@ def _as_scalar(t: Tensor) -> Tensor:
 
 _BACK: dict[Hand, Hand] = {_as_is: _as_is, _turn: _turn, _as_vector: _as_scalar}
 """How a leaf comes out of the view in which the graph got it."""
+
+
+def _local_gradient(name: str, g: Tensor, param: Tensor) -> Tensor:
+    require_like("grads", name, g, param)
+    return _sharding.local_like(g, param)
 
 
 def _places(params: Tensors, tensors: Tensors) -> tuple[list[Any], ...]:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gcfunc import _tree
+from gcfunc import _sharding, _tree
 from gcfunc._check import require_tensors
 from gcfunc._foreach import compute_dtype
 from gcfunc._packed import Leaf, Member, cut
+from gcfunc._sharding import Shards
 from gcfunc._tree import Flat, Tree
 
 
@@ -63,7 +64,23 @@ class Stack:
         return torch.cat([m.flat(t, g.shape[1:]) for m, t in zip(members, gs, strict=True)])
 
 
-Unit = Units | Stack
+@dataclass(frozen=True)
+class Sharded:
+    """Units that are spread over processes, each of which projects the part it holds."""
+
+    units: Units
+    shards: Shards
+
+    def project(self, g: Tensor) -> Tensor:
+        """:func:`project` for this part."""
+        if self.units.groups > 1:
+            # Blocks and shards need not begin at the same rows.
+            dims = [dim for dim in range(g.ndim) if dim != self.units.dim]
+            return self.shards.gathered(g, dims, lambda g: project(g, self.units))
+        return _less_mean(g, keep=(self.units.dim,), mean=self.shards.mean)
+
+
+Unit = Units | Stack | Sharded
 """How one leaf is centralized."""
 
 Predicate = Callable[[str, Tensor], "bool | Units"]
@@ -76,7 +93,7 @@ MIN_DIMS = {"gc": 2, "gcc": 4}
 
 def project(g: Tensor, units: Unit = ROWS) -> Tensor:
     """The formula: ``g`` less its mean over all dimensions but the output unit's."""
-    if isinstance(units, Stack):
+    if isinstance(units, (Stack, Sharded)):
         return units.project(g)
     if units.groups > 1:
         blocks = g.reshape(units.groups, g.shape[0] // units.groups, *g.shape[1:])
@@ -84,8 +101,10 @@ def project(g: Tensor, units: Unit = ROWS) -> Tensor:
     return _less_mean(g, keep=(units.dim,))
 
 
-def _less_mean(g: Tensor, keep: tuple[int, ...]) -> Tensor:
-    return g - g.mean([dim for dim in range(g.ndim) if dim not in keep], keepdim=True)
+def _less_mean(
+    g: Tensor, keep: tuple[int, ...], mean: Callable[..., Tensor] = torch.mean
+) -> Tensor:
+    return g - mean(g, [dim for dim in range(g.ndim) if dim not in keep], keepdim=True)
 
 
 def centralize(tree: Tree, where: Where = "gc") -> Tree:
@@ -131,10 +150,26 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
 
 def centralize_list(gs: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Tensor]:
     """:func:`project` for a list; ``None`` leaves a tensor out."""
-    return [
-        g if unit is None else project(g.to(compute_dtype(g.dtype)), unit).to(g.dtype)
-        for g, unit in zip(gs, units, strict=True)
-    ]
+    return [g if unit is None else _project(g, unit) for g, unit in zip(gs, units, strict=True)]
+
+
+def _project(g: Tensor, unit: Unit) -> Tensor:
+    if _sharding.is_dtensor(g):
+        return _sharding.whole(_project(_sharding.local(g), _of_part(unit, g)), like=g)
+    return project(g.to(compute_dtype(g.dtype)), unit).to(g.dtype)
+
+
+def of_parts(units: Sequence[Unit | None], tensors: Sequence[Tensor]) -> list[Unit | None]:
+    """How the parts of the tensors that this process holds are centralized."""
+    return [unit and _of_part(unit, t) for unit, t in zip(units, tensors, strict=True)]
+
+
+def _of_part(unit: Unit, t: Tensor) -> Unit:
+    if isinstance(unit, Units) and _sharding.is_dtensor(t):
+        shards = Shards.of(t)
+        if shards.cut([dim for dim in range(t.ndim) if dim != unit.dim]):
+            return Sharded(unit, shards)
+    return unit  # no unit is spread
 
 
 def resolve(where: Where, flat: Flat, members: Sequence[int] | None = None) -> list[Unit | None]:
@@ -162,7 +197,7 @@ def _resolve(
 ) -> list[Units | None]:
     if isinstance(where, str):
         require_rule(where)
-        units = [ROWS if leaves[i].ndim >= MIN_DIMS[where] else None for i in members]
+        units = [by_rule(where, leaves[i]) for i in members]
     elif _tree.is_function(where):
         units = [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
     else:
@@ -173,9 +208,14 @@ def _resolve(
         raise ValueError(
             f"where={_show(where)} selects none of {len(members)} tensors "
             f"({', '.join(shapes)}{', ...' if len(members) > 4 else ''}); "
-            "pass gc=None where nothing should be centralized"
+            "nothing would be centralized (gc=None says so)"
         )
     return units
+
+
+def by_rule(where: str, tensor: Tensor) -> Units | None:
+    """What one of the reference's rules says of a tensor."""
+    return ROWS if tensor.ndim >= MIN_DIMS[where] else None
 
 
 def _joined(leaf: Leaf, tensor: Tensor, units: Sequence[Units | None]) -> Unit | None:

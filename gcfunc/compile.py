@@ -14,6 +14,7 @@ from gcfunc._optimizer import Bucket, Optimizer, require_scalars
 from gcfunc._plan import Arguments, Plan, Update
 from gcfunc._tree import Tree
 from gcfunc._types import State, require_state
+from gcfunc.centralize import Sharded
 from gcfunc.train_step import TrainStep
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -206,6 +207,8 @@ def _compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
         kwargs.get("backend", "inductor") == "inductor"
         and not {"triton.cudagraphs", "guard_filter_fn"} & {k for k, v in options.items() if v}
         and all(b.device.type == "cpu" and b.dtype is not torch.float64 for b in buckets)
+        # All processes must talk in one order, however their parts differ.
+        and not any(isinstance(unit, Sharded) for b in buckets for unit in b.units)
         and kwargs["fullgraph"]
         and not kwargs.get("disable")
         and not torch._inductor.config.force_disable_caches

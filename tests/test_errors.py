@@ -485,7 +485,7 @@ CASES: dict[str, Case] = {
     "nothing to centralize": (
         lambda: gcfunc.sgd(0.1, gc="gc").init({"fc.bias": PARAMS["fc.bias"]}),
         ValueError,
-        "where='gc' selects none of 1 tensors (fc.bias (5,)); pass gc=None where nothing should",
+        "where='gc' selects none of 1 tensors (fc.bias (5,)); nothing would be centralized",
     ),
     "no convolutions": (
         lambda: gcfunc.sgd(0.1, gc="gcc").init(dict(MODEL.named_parameters())),
