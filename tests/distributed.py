@@ -1,0 +1,133 @@
+"""Models and a batch that processes share, and what one process makes of the whole."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import gcfunc
+from gcfunc.centralize import Where
+from tests.cases import largest_difference
+
+BATCH = 8
+
+
+class Net(nn.Module):
+    """Convolutions, linear layers and a position table, of rows that no two processes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3)
+        self.conv2 = nn.Conv2d(5, 3, 3)
+        self.positions = nn.Parameter(torch.randn(1, 48))
+        self.fc = nn.Linear(48, 7)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv(x)))).flatten(1)
+        return self.out(torch.tanh(self.fc(x + self.positions)))
+
+
+class Tied(Net):
+    """The last layer is used twice, and its weight a third time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return self.out(F.linear(x, self.out.weight.t()))
+
+
+class WithUnused(Net):
+    """Two parameters get no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+
+class Strided(Net):
+    """Weights in channels_last, transposed, and with gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        filters = torch.randn(3, 5, 3, 3, dtype=torch.float64)
+        self.conv2.weight = nn.Parameter(filters.to(memory_format=torch.channels_last))
+        self.fc.weight = nn.Parameter(torch.randn(48, 7, dtype=torch.float64).t())
+        self.out.weight = nn.Parameter(torch.randn(3, 9, dtype=torch.float64)[:, :7])
+
+
+class Checkpointed(Net):
+    """The first half is computed again in the backward pass."""
+
+    reentrant: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()  # the reentrant kind wants an input that requires grad
+        x = checkpoint(
+            lambda x: F.relu(self.conv2(F.relu(self.conv(x)))).flatten(1),
+            x,
+            use_reentrant=self.reentrant,
+        )
+        return self.out(torch.tanh(self.fc(x + self.positions)))
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+class CheckpointedOtherwise(Checkpointed):
+    reentrant = False
+
+
+def make(kind: type[Net]) -> Net:
+    torch.manual_seed(0)
+    return kind().double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 2, 8, 8, dtype=torch.float64, generator=random)
+    return images, torch.randint(3, (BATCH,), generator=random)
+
+
+def backward(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
+    (share * F.cross_entropy(model(images), labels)).backward()
+
+
+def expected(
+    kind: type[Net], where: Where = "gc", batch: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The centralized gradients of one process on the whole batch, in the functional way."""
+    model = make(kind)
+    backward(model, *(batch or data()))
+    grads = gradients(model)
+    centralized = gcfunc.centralize(grads, where)
+    # Otherwise the comparison would show nothing.
+    assert largest_difference(grads, centralized) > 1e-3
+    return centralized
+
+
+def mine(
+    batch: tuple[Tensor, Tensor], parts: int = 1, group: dist.ProcessGroup | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's share of a batch, in equal parts."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return [*zip(*(t.chunk(size)[rank].chunk(parts) for t in batch), strict=True)]
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those that there are, of the model that was wrapped, each one whole."""
+    model = getattr(model, "module", model)
+    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def require_same(have: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    difference = largest_difference(have, want)
+    assert difference <= 1e-12, difference
