@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
 
 def is_dtensor(t: object) -> TypeGuard[DTensor]:
@@ -58,13 +58,28 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def spread(t: Tensor, like: Tensor) -> Tensor:
+    """The same values spread over processes as ``like`` is, whichever of the two is a DTensor.
+
+    Without a DTensor, each process has to have ``t`` whole.
+    """
+    if is_dtensor(t):
+        if is_dtensor(like) and same_mesh(t, like):
+            return t.redistribute(placements=like.placements)
+        t = t.full_tensor()
+    if is_dtensor(like):
+        return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+    return t
+
+
 def describe(t: object) -> str:
     """How a tensor is spread over processes, for messages."""
     if not is_dtensor(t):
         return "not a DTensor"
     axes = t.device_mesh.mesh_dim_names or range(t.device_mesh.ndim)
-    spread = ", ".join(f"{axis}: {p}" for axis, p in zip(axes, t.placements, strict=True))
-    return f"a DTensor over {tuple(t.device_mesh.shape)} processes ({spread})"
+    cuts = ", ".join(f"{axis}: {p!r}" for axis, p in zip(axes, t.placements, strict=True))
+    size = "x".join(map(str, t.device_mesh.shape))
+    return f"a DTensor over {size} processes ({cuts})"
 
 
 def is_partial(t: Tensor) -> bool:
@@ -119,7 +134,7 @@ class Shards:
         )
         total = sums.redistribute(placements=[Replicate()] * self.mesh.ndim)
         # Each process takes it from its own part alone: the derivatives have to be added up.
-        return total.to_local(grad_placements=summands) / math.prod(self.shape[d] for d in dims)
+        return total.to_local(grad_placements=summands) / math.prod([self.shape[d] for d in dims])
 
     def gathered(
         self, part: Tensor, dims: list[int], function: Callable[[Tensor], Tensor]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gcfunc import _sharding
 from gcfunc._packed import Column, Packed
 from gcfunc._tree import require_names
 from gcfunc._types import State, require_state
@@ -35,8 +36,8 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
 
     Args:
         state: A state of the same optimizer and params, usually fresh from ``opt.init(params)``;
-            it gives structure, devices and strides, and is not changed.
-        d: What :func:`state_dict` gave.
+            it gives structure, devices, strides and sharding, and is not changed.
+        d: What :func:`state_dict` gave, sharded in whatever way or not at all.
 
     Returns:
         A new state with its own storage. Training goes on from it bit-exactly.
@@ -64,7 +65,10 @@ def load_state_dict(state: State, d: Mapping[str, Tensor]) -> State:
     ]
     if wrong:
         raise ValueError("the checkpoint does not match the state: " + "; ".join(wrong))
-    new = {name: torch.empty_like(t).copy_(d[name].detach()) for name, t in own.items()}
+    new = {
+        name: torch.empty_like(t).copy_(_sharding.spread(d[name].detach(), like=t))
+        for name, t in own.items()
+    }
     return State(
         new["step"],
         {name: new[f"hyperparams.{name}"] for name in state.hyperparams},
