@@ -24,7 +24,7 @@ def test_every_block_after_the_one_before(tmp_path: Path) -> None:
         "schedule": schedule,
         "path": tmp_path / "checkpoint.pt",
     }
-    loop, checkpoint, packed, whole, mask = BLOCKS
+    loop, checkpoint, packed, whole, hooked, sharded, mask = BLOCKS
     exec(loop, scope)
     params, state = scope["params"], scope["state"]
     assert state.step == 3
@@ -54,6 +54,21 @@ def test_every_block_after_the_one_before(tmp_path: Path) -> None:
         assert torch.equal(p, trained[name])
     assert (trained["3.weight"] - before["3.weight"]).mean(1).abs().max() < 1e-7
     assert (trained["3.bias"] - before["3.bias"]).abs().max() > 1e-3
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(hooked, scope)
+    grad = model.get_parameter("3.weight").grad
+    assert grad is not None
+    assert grad.mean(1).abs().max() < 1e-7
+    assert (model.get_parameter("3.bias") - before["3.bias"]).abs().max() > 1e-4
+    scope["handle"].remove()
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(sharded, scope)
+    with torch.no_grad():
+        moved = (model.get_parameter("3.weight") - before["3.weight"]).mean(1)
+    assert moved.abs().max() < 1e-7
+    assert (model.get_parameter("3.bias") - before["3.bias"]).abs().max() > 1e-3
 
     exec(mask, scope)
     assert scope["opt"].init(params).hyperparams["lr"] == 1e-3

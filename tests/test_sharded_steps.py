@@ -247,6 +247,23 @@ def resumed() -> None:
         assert all(torch.equal(have[name], want[name]) for name in want)
 
 
+def packed(sharding: Sharding) -> None:
+    """DTensors stay whole in a packed tree, next to ordinary tensors that do not."""
+    opt = gcfunc.adamw(0.1, gc="gc")
+    whole, grads = make_params(), random_like(make_params(), 0)
+    want, _ = opt.step(whole, grads, opt.init(whole))
+    params = gcfunc.pack(sharded(whole, sharding))
+    for step in (opt.step, gcfunc.compile(opt, backend="eager").step):
+        given = gcfunc.pack(sharded(grads, sharding), like=params)
+        have, _ = step(params, given, opt.init(params))
+        assert largest_difference(full(gcfunc.unpack(have)), want) <= 1e-14
+
+
+@pytest.mark.parametrize("sharding", [by_columns, mixed])
+def test_packed(two: Processes, sharding: Sharding) -> None:
+    two(packed, sharding)
+
+
 def test_checkpoint(two: Processes) -> None:
     two(resumed)
 
