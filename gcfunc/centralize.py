@@ -185,24 +185,30 @@ def resolve(where: Where, flat: Flat, members: Sequence[int] | None = None) -> l
     position = {name: i for i, name in enumerate(originals)}
     leaves = [flat.layout.leaves[i] for i in members]
     asked = [position[member.names[0]] for leaf in leaves for member in leaf.members]
-    answers = iter(_resolve(where, list(originals), list(originals.values()), asked))
+    units = iter(_resolve(where, list(originals), list(originals.values()), asked))
     return [
-        _joined(leaf, flat.leaves[i], [next(answers) for _ in leaf.members])
+        _joined(leaf, flat.leaves[i], [next(units) for _ in leaf.members])
         for i, leaf in zip(members, leaves, strict=True)
     ]
+
+
+def answers(
+    where: Where, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
+) -> list[Units | None]:
+    """What ``where`` means for some of the leaves; it may select none of them."""
+    if isinstance(where, str):
+        require_rule(where)
+        return [by_rule(where, leaves[i]) for i in members]
+    if _tree.is_function(where):
+        return [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
+    mask = _tree.leaves_like(where, names, "where", "params")
+    return [_units(names[i], leaves[i], mask[i]) for i in members]
 
 
 def _resolve(
     where: Where, names: Sequence[str], leaves: Sequence[Tensor], members: Sequence[int]
 ) -> list[Units | None]:
-    if isinstance(where, str):
-        require_rule(where)
-        units = [by_rule(where, leaves[i]) for i in members]
-    elif _tree.is_function(where):
-        units = [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
-    else:
-        mask = _tree.leaves_like(where, names, "where", "params")
-        units = [_units(names[i], leaves[i], mask[i]) for i in members]
+    units = answers(where, names, leaves, members)
     if not any(units):
         shapes = [f"{names[i]} {tuple(leaves[i].shape)}" for i in members[:4]]
         raise ValueError(

@@ -10,7 +10,6 @@ FSDP2, goes on. The functional steps and ``torch.optim`` see gradients that are 
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -55,13 +54,18 @@ def centralize_backward(
     With an optimizer whose weight decay is coupled (L2: torch's SGD, Adam, Adagrad, RAdam) this is
     not the same as ``gc="gc"`` in a functional step, which centralizes the decay too.
 
+    Whatever reads ``.grad`` afterwards sees centralized gradients. ``clip_grad_norm_`` then clips
+    these, where before a functional step it clips first, as the paper's author does. GradScaler
+    needs nothing special: what overflowed stays so.
+
     Each parameter gets the kind of hook that is right for it: a tensor hook, out of place, or
     where FSDP2 manages it a post-accumulate hook that runs after the reduction. Sharded gradients
     stay sharded; processes communicate only where a dimension that a mean runs over is sharded, as
     in row-wise tensor parallel.
 
     Register after whatever replaces parameters: ``fully_shard``, ``parallelize_module``,
-    ``to_empty``, ``load_state_dict(assign=True)``, ``model.to(dtype)`` of DTensors, ``deepcopy``.
+    ``to_empty``, ``load_state_dict(assign=True)``, ``model.to(dtype)`` of DTensors, ``deepcopy``,
+    parametrizations such as ``weight_norm``, new submodules.
     Hooks stay with the old ones silently; :meth:`CentralizeHandle.check` tells.
     ``torch.func`` and ``functional_call`` with other tensors know no hooks: use the functional
     steps there.
@@ -108,9 +112,7 @@ def centralize_backward(
     selected = _select(model, where)
     managed = _managed_by_fsdp2(model, selected)
     if sparse == "error":
-        _refuse_sparse(
-            model, [covered.tensor() for covered, _ in selected], 'sparse="rows" or "skip"'
-        )
+        _refuse_sparse(model, [param for _, param, _ in selected], 'sparse="rows" or "skip"')
     return CentralizeHandle(selected, managed, sparse)
 
 
@@ -121,11 +123,13 @@ class CentralizeHandle:
     """
 
     def __init__(self, selected: "Selected", managed: set[Tensor], sparse: Sparse) -> None:
-        self._covered = [covered for covered, _ in selected]
+        self._covered: list[_Covered] = []
         self._hooks: list[RemovableHandle] = []
         try:
-            for covered, unit in selected:
-                self._hooks.append(_register(covered, unit, managed, sparse))
+            for name, param, unit in selected:
+                hook, handle = _register(name, param, unit, managed, sparse)
+                self._hooks.append(handle)
+                self._covered.append(_Covered(name, param, hook, in_python=param in managed))
         except BaseException:
             self.remove()
             raise
@@ -154,14 +158,14 @@ class CentralizeHandle:
         if not self._hooks:
             raise RuntimeError("the hooks were removed")
         _reshard(model)
-        present = {*model.parameters()}
-        lost = [c.name for c in self._covered if not (c.is_hooked() and c.param() in present)]
+        present = {id(param): param for param in model.parameters()}
+        lost = [c.name for c in self._covered if not c.is_on(present.get(c.param))]
         if lost:
             raise RuntimeError(
                 f"{', '.join(map(repr, lost))}: replaced since the hooks were registered, so that "
                 "gradients are not centralized (deepcopy, to_empty, load_state_dict(assign=True), "
-                "fully_shard and parallelize_module replace parameters); remove() the handle and "
-                "call centralize_backward again"
+                "fully_shard, parallelize_module, and of DTensors to(dtype), replace parameters); "
+                "remove() the handle and call centralize_backward again"
             )
 
     def __enter__(self) -> Self:
@@ -226,13 +230,13 @@ def register_ddp(
     state = ddp.process_group if state is None else state
     _require_state(inner, state)
     _require_comm_hook_runs(ddp)
-    selected = {covered.param(): (covered, unit) for covered, unit in _select(ddp, where)}
-    hook = _comm_hook(inner, lambda param: selected[param][1] if param in selected else None)
+    selected = _select(ddp, where)
+    hook = _comm_hook(inner, {param: unit for _, param, unit in selected}.get)
     ddp.register_comm_hook(state, hook)
-    for covered, _ in selected.values():
+    for name, param, _ in selected:
         # The Python object is what the reducer's bucket gives.
-        covered.hooked(in_python=True)
-    return tuple(covered.name for covered, _ in selected.values())
+        _Covered(name, param, hook, in_python=True)
+    return tuple(name for name, _, _ in selected)
 
 
 def ddp_comm_hook(inner: CommHook | None = None, where: Literal["gc", "gcc"] = "gc") -> CommHook:
@@ -263,42 +267,33 @@ def ddp_comm_hook(inner: CommHook | None = None, where: Literal["gc", "gcc"] = "
     return _comm_hook(inner or allreduce_hook, lambda param: by_rule(where, param))
 
 
-@dataclass(eq=False)
 class _Covered:
-    """A parameter that is, or is about to be, centralized by a hook."""
+    """A parameter that is centralized by a hook, for as long as the hook lives.
 
-    name: str
-    param: "weakref.ref[Tensor]"
-    _address: int | None = None
+    Known by its id: torch does not convert by swapping tensors, as ``model.to(dtype)`` does with
+    DTensors, what somebody has a weak reference to. The hook lives as long as the parameter, or
+    as the DDP that it was registered with.
 
-    def tensor(self) -> Tensor:
-        """The parameter, while the model is at hand."""
-        param = self.param()
-        assert param is not None
-        return param
+    ``in_python`` says whether the hook is known to the Python object. If not, it is to the C++
+    object beneath, at ``_cdata``, which swapping tensors replaces. Private, with no public way to
+    tell.
+    """
 
-    def hooked(self, *, in_python: bool) -> None:
-        """Note that the hook is registered, and whether that is known to the Python object alone.
-
-        Private, with no public way to tell: what moves or converts a model by swapping tensors
-        keeps the Python object, and with the C++ object beneath, at ``_cdata``, the hooks go.
-        """
-        param = self.tensor()
+    def __init__(
+        self, name: str, param: Tensor, hook: Callable[..., Any], *, in_python: bool
+    ) -> None:
+        self.name = name
+        self.param = id(param)
         self._address = None if in_python else param._cdata
         _active.add(self)
-        weakref.finalize(param, _active.discard, self).atexit = False
+        weakref.finalize(hook, _active.discard, self).atexit = False
 
-    def is_hooked(self) -> bool:
-        """Whether the hook still is where gradients arrive."""
-        param = self.param()
-        return (
-            self in _active
-            and param is not None
-            and (self._address is None or self._address == param._cdata)
-        )
+    def is_on(self, param: Tensor | None) -> bool:
+        """Whether the hook still is where the gradients of ``param``, of that id, arrive."""
+        return param is not None and self in _active and self._address in (None, param._cdata)
 
 
-Selected = list[tuple[_Covered, Unit]]
+Selected = list[tuple[str, Tensor, Unit]]
 
 _active: set[_Covered] = set()
 
@@ -329,13 +324,15 @@ def _select(model: nn.Module, where: Where) -> Selected:
     units = resolve(where, flat, trainable)
     chosen = {flat.names[i]: unit for i, unit in zip(trainable, units, strict=True) if unit}
     require_tensors([*chosen], [named[name] for name in chosen], "model")
-    taken = {c.param() for c in _active if c.is_hooked()}
-    if twice := [name for name in chosen if named[name] in taken]:
+    present = {id(param): param for param in named.values()}
+    # Copied, as garbage collection may take from it at any time.
+    taken = {c.param for c in [*_active] if c.is_on(present.get(c.param))}
+    if twice := [name for name in chosen if id(named[name]) in taken]:
         raise ValueError(
             f"{', '.join(map(repr, twice))}: already centralized by hooks registered before; "
             "remove() their handle first"
         )
-    return [(_Covered(name, weakref.ref(named[name])), unit) for name, unit in chosen.items()]
+    return [(name, named[name], unit) for name, unit in chosen.items()]
 
 
 def _reshard(model: nn.Module) -> None:
@@ -351,11 +348,7 @@ def _managed_by_fsdp2(model: nn.Module, selected: Selected) -> set[Tensor]:
         return set()
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     within = {p for module in modules for p in module.parameters()}
-    outside = [
-        covered.name
-        for covered, _ in selected
-        if covered.tensor().requires_grad and covered.tensor() not in within
-    ]
+    outside = [name for name, param, _ in selected if param.requires_grad and param not in within]
     if modules and outside:
         raise ValueError(
             f"{', '.join(map(repr, outside))}: not in a module that fully_shard was applied to, "
@@ -382,28 +375,27 @@ def _refuse_sparse(model: nn.Module, params: Iterable[Tensor | None], way_out: s
 
 
 def _register(
-    covered: _Covered, unit: Unit, managed: set[Tensor], sparse: Sparse
-) -> RemovableHandle:
-    param = covered.tensor()
+    name: str, param: Tensor, unit: Unit, managed: set[Tensor], sparse: Sparse
+) -> tuple[Callable[..., Any], RemovableHandle]:
     frozen = not param.requires_grad
+    hook: Callable[..., Any]
+    register: Any
+    if param in managed:
+        hook, register = _after_reduction(unit), param.register_post_accumulate_grad_hook
+    else:
+        hook, register = _before_accumulation(name, unit, sparse), param.register_hook
+        if param._backward_hooks is not None:
+            # After swapping tensors the C++ object knows nothing of the Python object's hooks, nor
+            # of those to come.
+            param._backward_hooks = param._backward_hooks
+    # torch.save then does not warn of DTensors' hooks. Of those of others it says nothing anyway.
+    unserializable_hook(hook)  # type: ignore[no-untyped-call]
     try:
         # What is frozen takes no hooks, but keeps those that it has.
         param.requires_grad_(True)
-        if param in managed:
-            handle = _hook(param.register_post_accumulate_grad_hook, _after_reduction(unit))
-        else:
-            hook = _before_accumulation(covered.name, unit, sparse)
-            handle = _hook(param.register_hook, hook)
+        return hook, register(hook)
     finally:
         param.requires_grad_(not frozen)
-    covered.hooked(in_python=param in managed)
-    return handle
-
-
-def _hook(register: Callable[..., Any], hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    # torch.save of a whole model then says nothing about hooks, as deepcopy does.
-    handle: RemovableHandle = register(unserializable_hook(hook))  # type: ignore[no-untyped-call]
-    return handle
 
 
 def _before_accumulation(name: str, unit: Unit, sparse: Sparse) -> Callable[[Tensor], Tensor]:
@@ -433,7 +425,11 @@ def _centralize_sparse(name: str, grad: Tensor, unit: Unit, sparse: Sparse) -> T
     # projections, so there is no need to add them up.
     values = centralize_list([grad._values()], [unit])[0]
     return torch.sparse_coo_tensor(
-        grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced()
+        grad._indices(),
+        values,
+        grad.shape,
+        is_coalesced=grad.is_coalesced(),
+        check_invariants=False,  # said, as torch warns of it otherwise
     )
 
 
