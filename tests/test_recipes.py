@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.colors import to_rgb
 from scipy import stats
@@ -28,7 +30,7 @@ from torch._dynamo.utils import counters
 from gcfunc.recipes import data, report, summary
 from gcfunc.recipes import model as network
 from gcfunc.recipes.cli import main
-from gcfunc.recipes.config import ALGORITHMS
+from gcfunc.recipes.config import ALGORITHMS, MODES
 from gcfunc.recipes.train import Epoch, Finished, Run, Trainer
 
 QUICK = ("--dataset", "digits", "--limit", "48", "--epochs", "2", "--batch-size", "16", "--eager")
@@ -109,6 +111,20 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As torchrun starts a process that is on its own."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in address.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():  # a test that failed
+        dist.destroy_process_group()
+
+
 # What training does
 
 
@@ -134,9 +150,10 @@ def test_default_data_is_mnist(tmp_path: Path) -> None:
     assert abs(float(mnist.train.images.std()) - 1) < 1e-3
 
 
-def test_centralization_is_what_it_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_centralization_is_what_it_says(tmp_path: Path, mode: str) -> None:
     """Without decay each row of a centralized weight keeps its mean, and only such rows do."""
-    options = (*QUICK, "--weight-decay", "0", "--lr", "0.1")
+    options = (*QUICK, "--mode", mode, "--weight-decay", "0", "--lr", "0.1")
     train(tmp_path / "start", *options, "--lr", "0")
     start = weights(tmp_path / "start", "gc-seed0")
     conv, linear = "4.weight", "9.weight"
@@ -157,9 +174,11 @@ def test_centralization_is_what_it_says(tmp_path: Path) -> None:
     assert moved["gcc"][linear] > 1e-4
 
 
-def test_training_is_what_plain_pytorch_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_training_is_what_plain_pytorch_does(tmp_path: Path, mode: str) -> None:
     """Without centralization: torch.optim.SGD on a module, the same images in the same order."""
-    result = train(tmp_path, *QUICK, "--gc", "none", "--batch-size", "20", "--seed", "3")
+    options = (*QUICK, "--mode", mode, "--gc", "none", "--batch-size", "20", "--seed", "3")
+    result = train(tmp_path, *options)
     dataset = data.load("digits", limit=48)
     model = network.build(8, 8, 10)
     model.load_state_dict(network.initial_params(model, seed=3))
@@ -191,6 +210,53 @@ def test_training_is_what_plain_pytorch_does(tmp_path: Path) -> None:
         assert entry["test_loss"] == pytest.approx(test_loss, rel=1e-5)
         assert entry["test_accuracy"] == pytest.approx(accuracy)
     torch.testing.assert_close(weights(tmp_path, "none-seed3"), model.state_dict())
+
+
+HOOKED = [name for name, algorithm in ALGORITHMS.items() if algorithm.torch]
+
+
+@pytest.mark.parametrize("gc", ["none", "gc", "gcc"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *((name, "--weight-decay", "0") for name in HOOKED if name != "adamw"),
+        ("adamw",),  # decoupled decay is centralized by neither
+        ("sgd", "--nesterov", "--momentum", "0.5", "--weight-decay", "0"),
+    ],
+    ids=" ".join,
+)
+def test_hooks_learn_what_functional_steps_do(
+    tmp_path: Path, optimizer: tuple[str, ...], gc: str
+) -> None:
+    options = (*QUICK, "--optimizer", *optimizer, "--gc", gc, "--batch-size", "20")
+    functional = train(tmp_path / "functional", *options)
+    hooks = train(tmp_path / "hooks", *options, "--mode", "hooks")
+    for here, there in zip(
+        hooks["runs"][0]["history"], functional["runs"][0]["history"], strict=True
+    ):
+        del here["step_ms"], there["step_ms"]
+        assert here == pytest.approx(there, rel=1e-5)
+    torch.testing.assert_close(
+        *(weights(tmp_path / mode, f"{gc}-seed0") for mode in ("hooks", "functional")),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_hooks_leave_coupled_decay_alone(tmp_path: Path) -> None:
+    for mode in MODES:
+        train(tmp_path / mode, *QUICK, "--weight-decay", "0.1", "--mode", mode)
+    hooks, functional = (weights(tmp_path / mode, "gc-seed0") for mode in MODES)
+    assert float((hooks["9.weight"] - functional["9.weight"]).abs().max()) > 1e-5
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("parallel", ["--ddp", "--fsdp"])
+def test_a_group_of_one_is_one_process(tmp_path: Path, parallel: str) -> None:
+    alone = train(tmp_path / "alone", *QUICK, "--mode", "hooks")
+    group = train(tmp_path / "group", *QUICK, parallel)
+    assert untimed(alone["runs"]) == untimed(group["runs"])
+    assert same(*(weights(tmp_path / who, "gc-seed0") for who in ("alone", "group")))
 
 
 def test_at_update_differs_from_at_gradient(tmp_path: Path) -> None:
@@ -291,6 +357,14 @@ def test_report_is_consistent(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_report_says_how_it_was_trained(tmp_path: Path) -> None:
+    result = train(tmp_path, *QUICK, "--mode", "hooks")
+    assert result["config"]["mode"] == "hooks"
+    assert (result["config"]["ddp"], result["config"]["fsdp"]) == (False, False)
+    assert result["processes"] == 1
+    assert (result["compiled"], result["why_eager"]) == (False, "mode hooks compiles nothing")
+
+
 def test_curves_show_lines_and_bands_of_both_variants(tmp_path: Path) -> None:
     train(tmp_path, *QUICK, "--compare", "--seeds", "2")
     image = matplotlib.image.imread(tmp_path / "curves.png")[..., :3]
@@ -384,6 +458,44 @@ def test_resume_is_exact_when_compiled(tmp_path: Path, after_step: AfterStep) ->
     assert main(["train", "--resume", str(parts)]) == 0
     assert untimed(results(parts)) == untimed(results(whole))
     assert same(weights(parts, "gc-seed0"), weights(whole, "gc-seed0"))
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("step", [2, STEPS], ids=["mid-epoch", "before the first step"])
+@pytest.mark.parametrize("how", [("--mode", "hooks"), ("--ddp",), ("--fsdp",)], ids=" ".join)
+@pytest.mark.parametrize("optimizer", HOOKED)
+def test_resume_is_exact_with_hooks(
+    tmp_path: Path, after_step: AfterStep, optimizer: str, how: tuple[str, ...], step: int
+) -> None:
+    """Also before a run's first step, when an optimizer has no state yet."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = (*QUICK, "--seeds", "2", "--optimizer", optimizer, *how)
+    train(whole, *options)
+    after_step(step, interrupt)
+    assert main(["train", *options, "--out", str(parts)]) == 130
+    assert main(["train", "--resume", str(parts)]) == 0
+    assert untimed(results(parts)) == untimed(results(whole))
+    for run in ("gc-seed0", "gc-seed1"):
+        assert same(weights(parts, run), weights(whole, run))
+
+
+def test_checkpoint_from_before_there_were_modes(
+    tmp_path: Path, after_step: AfterStep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *QUICK)
+    after_step(2, interrupt)
+    assert main(["train", *QUICK, "--out", str(parts)]) == 130
+    path = parts / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    for new in ("mode", "ddp", "fsdp"):
+        del content["config"][new]
+    del content["environment"]["processes"]
+    torch.save(content, path)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(parts)]) == 0
+    assert "Note" not in capsys.readouterr().out
+    assert untimed(results(parts)) == untimed(results(whole))
 
 
 def test_stopped_again_and_again(tmp_path: Path, after_step: AfterStep) -> None:
@@ -642,6 +754,17 @@ def refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str])
         ("train --seeds -1", "must be a whole number >= 1"),
         ("train --seed -1", "must be a whole number >= 0"),
         ("train --limit many", "must be a whole number >= 1, got 'many'"),
+        ("train --mode magic", "invalid choice: 'magic'"),
+        ("train --mode hooks --optimizer ranger", "no ranger; it has sgd, adam, adamw, adagrad, "),
+        ("train --mode hooks --optimizer sgdw", "torch.optim, which has no sgdw"),
+        ("train --mode hooks --at update", "--at update needs --mode functional"),
+        ("train --mode hooks --lr -1", "lr must be a finite number >= 0, got -1"),
+        ("train --mode hooks --nesterov --momentum 0", "(?i)nesterov"),
+        ("train --mode functional --ddp", "--ddp and --fsdp .* need --mode hooks"),
+        ("train --fsdp --optimizer ranger", "torch.optim, which has no ranger"),
+        ("train --ddp --fsdp", "--fsdp: not allowed with argument --ddp"),
+        ("train --ddp", "torchrun --nproc-per-node 2 -m gcfunc train --ddp"),
+        ("train --fsdp --seeds 2", "torchrun --nproc-per-node 2 -m gcfunc train --fsdp"),
         ("train --turbo", "unrecognized arguments: --turbo"),
         ("train --out /dev/null/runs --dataset digits", "cannot write to /dev/null/runs"),
     ],

@@ -1,15 +1,18 @@
 """The ``gcfunc`` command."""
 
 import argparse
-import sys
+import signal
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 import gcfunc
-from gcfunc.recipes.config import ALGORITHMS, DATASETS, SCHEDULES, Config
-from gcfunc.recipes.errors import UsageError
+from gcfunc.recipes.config import ALGORITHMS, DATASETS, MODES, SCHEDULES, Config
+from gcfunc.recipes.errors import UsageError, complain
 
 _EXTRA = ("matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn")
 
@@ -41,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"gcfunc: error: {message}", file=sys.stderr)  # noqa: T201
+    # Processes that have joined say the same, and one of them is enough. Before, torchrun may end
+    # the first as soon as another gives up.
+    joined = dist.is_available() and dist.is_initialized()
+    if not joined or dist.get_rank() == 0:
+        complain(message)
     return status
 
 
@@ -57,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a small convolutional network on real images",
-        description="Train a small convolutional network on real images with a compiled functional "
-        "optimizer step. Writes run.json, curves.png and the weights into a folder. Ctrl-C saves a "
-        "checkpoint that --resume goes on from.",
+        description="Train a small convolutional network on real images, with a compiled "
+        "functional optimizer step or with hooks. Writes run.json, curves.png and the weights into "
+        "a folder. Ctrl-C saves a checkpoint that --resume goes on from.",
         # Only what was given is set, so that --resume can refuse what would contradict it.
         argument_default=argparse.SUPPRESS,
     )
@@ -107,7 +114,30 @@ def _parser() -> argparse.ArgumentParser:
         choices=SCHEDULES,
         help=f"how the learning rate goes, without a recompile (default {Config.schedule})",
     )
-    optimizer.add_argument("--eager", action="store_true", help="do not compile the step")
+    optimizer.add_argument(
+        "--eager",
+        action="store_true",
+        help="do not compile the functional step (--mode hooks never compiles)",
+    )
+    how = train.add_argument_group("how")
+    how.add_argument(
+        "--mode",
+        choices=MODES,
+        help="functional steps, or hooks that centralize during backward() and an optimizer of "
+        f"torch.optim (default {Config.mode}, with --ddp and --fsdp hooks)",
+    )
+    parallel = how.add_mutually_exclusive_group()
+    parallel.add_argument(
+        "--ddp",
+        action="store_true",
+        help="several processes share each batch: torchrun --nproc-per-node 2 -m gcfunc train "
+        "--ddp",
+    )
+    parallel.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="as --ddp, and each holds a part of every weight (FSDP2)",
+    )
     runs = train.add_argument_group("runs")
     runs.add_argument("--epochs", type=_integer(1), metavar="N", help=f"(default {Config.epochs})")
     runs.add_argument(
@@ -148,14 +178,18 @@ def _train(options: dict[str, Any]) -> int:
     from rich.console import Console
 
     from gcfunc.recipes import experiment
+    from gcfunc.recipes.distributed import Group, join
 
-    # Paths are printed, and brackets and colons in them mean themselves.
-    console = Console(markup=False, emoji=False, highlight=False)
+    conduct: Callable[[Group, Console], signal.Signals | None]
     if checkpoint is not None:
-        stopped_by = experiment.resume(checkpoint, console)
+        conduct = partial(experiment.resume, checkpoint)
     else:
         folder = options.pop("out", None) or Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}")
-        stopped_by = experiment.start(Config.from_options(**options), folder, console)
+        conduct = partial(experiment.start, Config.from_options(**options), folder)
+    with join() as group:
+        # Paths are printed, and brackets and colons in them mean themselves.
+        console = Console(markup=False, emoji=False, highlight=False, quiet=group.rank > 0)
+        stopped_by = conduct(group, console)
     return 0 if stopped_by is None else 128 + stopped_by
 
 

@@ -1,14 +1,18 @@
 """What a training run is asked to do: everything its result depends on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 import gcfunc
 from gcfunc.recipes.errors import UsageError
 
 Schedule = Literal["cosine", "constant"]
+Mode = Literal["functional", "hooks"]
 
 
 @dataclass(frozen=True)
@@ -16,25 +20,31 @@ class Algorithm:
     """A constructor, and defaults near the best for the recipe's network without centralization.
 
     A learning rate that only suits the centralized network would make any comparison look good.
+
+    Attributes:
+        make: Makes a functional optimizer.
+        torch: Makes torch's of the same mathematics and options, if torch has it.
     """
 
     make: Callable[..., gcfunc.Optimizer]
+    torch: Callable[..., torch.optim.Optimizer] | None
     lr: float
     weight_decay: float
     momentum: float | None = None
 
 
 ALGORITHMS = {
-    "sgd": Algorithm(gcfunc.sgd, lr=0.02, weight_decay=5e-4, momentum=0.9),
-    "sgdw": Algorithm(gcfunc.sgdw, lr=0.02, weight_decay=5e-4, momentum=0.9),
-    "adam": Algorithm(gcfunc.adam, lr=2e-3, weight_decay=5e-4),
-    "adamw": Algorithm(gcfunc.adamw, lr=2e-3, weight_decay=1e-2),
-    "adagrad": Algorithm(gcfunc.adagrad, lr=1e-2, weight_decay=5e-4),
-    "radam": Algorithm(gcfunc.radam, lr=1e-2, weight_decay=5e-4),
-    "ranger": Algorithm(gcfunc.ranger, lr=2e-2, weight_decay=1e-2),
+    "sgd": Algorithm(gcfunc.sgd, torch.optim.SGD, lr=0.02, weight_decay=5e-4, momentum=0.9),
+    "sgdw": Algorithm(gcfunc.sgdw, None, lr=0.02, weight_decay=5e-4, momentum=0.9),
+    "adam": Algorithm(gcfunc.adam, torch.optim.Adam, lr=2e-3, weight_decay=5e-4),
+    "adamw": Algorithm(gcfunc.adamw, torch.optim.AdamW, lr=2e-3, weight_decay=1e-2),
+    "adagrad": Algorithm(gcfunc.adagrad, torch.optim.Adagrad, lr=1e-2, weight_decay=5e-4),
+    "radam": Algorithm(gcfunc.radam, torch.optim.RAdam, lr=1e-2, weight_decay=5e-4),
+    "ranger": Algorithm(gcfunc.ranger, None, lr=2e-2, weight_decay=1e-2),
 }
 DATASETS = ("mnist", "digits")
 SCHEDULES = ("cosine", "constant")
+MODES = ("functional", "hooks")
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class Config:
     seeds: int = 1
     compare: bool = False
     eager: bool = False
+    mode: Mode = "functional"
+    ddp: bool = False
+    fsdp: bool = False
 
     @classmethod
     def from_options(cls, **options: Any) -> "Config":
@@ -73,6 +86,16 @@ class Config:
             raise UsageError("--compare needs something to compare with: --gc gc or --gc gcc")
         if options.get("gc") == "none" and "at" in options:
             raise UsageError("--at says where to centralize, and --gc none does not")
+        if {"ddp", "fsdp"} & options.keys() and options.setdefault("mode", "hooks") != "hooks":
+            raise UsageError("--ddp and --fsdp share out a module, so they need --mode hooks")
+        if options.get("mode") == "hooks":
+            if options.get("at") == "update":
+                raise UsageError("--at update needs --mode functional: hooks see gradients only")
+            if algorithm.torch is None:
+                raise UsageError(
+                    f"--mode hooks trains with torch.optim, which has no {options['optimizer']}; "
+                    f"it has {', '.join(name for name, a in ALGORITHMS.items() if a.torch)}"
+                )
         if {"data", "dataset"} <= options.keys():
             raise UsageError("--data and --dataset both name a dataset; give one")
         if "data" in options:
@@ -99,21 +122,36 @@ class Config:
         seeds = range(self.seed, self.seed + self.seeds)
         return [(gc, seed) for seed in seeds for gc in self.variants]
 
+    @property
+    def parallel(self) -> str | None:
+        """The option that has several processes train together, if one was given."""
+        return "ddp" if self.ddp else "fsdp" if self.fsdp else None
+
     def build(self, gc: str) -> gcfunc.Optimizer:
-        """The optimizer, centralizing as ``gc`` says.
+        """The functional optimizer, centralizing as ``gc`` says.
 
         Raises:
             UsageError: a hyperparameter is out of bounds.
         """
-        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if self.momentum is not None:
-            options |= {"momentum": self.momentum, "nesterov": self.nesterov}
+        options = self._hyperparams()
         if gc != "none":
             options["gc"] = gcfunc.GC(where=gc, at=self.at)
         try:
             return ALGORITHMS[self.optimizer].make(**options)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def build_torch(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The same optimizer of torch's, without centralization."""
+        make = ALGORITHMS[self.optimizer].torch
+        assert make is not None  # from_options refuses it
+        return make(params, **self._hyperparams(), foreach=True)
+
+    def _hyperparams(self) -> dict[str, Any]:
+        hyperparams: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.momentum is not None:
+            hyperparams |= {"momentum": self.momentum, "nesterov": self.nesterov}
+        return hyperparams
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +20,70 @@ from gcfunc.recipes.checkpoint import Experiment
 from gcfunc.recipes.config import Config
 from gcfunc.recipes.data import Dataset
 from gcfunc.recipes.display import Display
+from gcfunc.recipes.distributed import Group
 from gcfunc.recipes.errors import UsageError
 from gcfunc.recipes.stop import StopRequest
 from gcfunc.recipes.train import Finished, Trainer
 
 
-def start(config: Config, folder: Path, console: Console) -> signal.Signals | None:
+def start(config: Config, folder: Path, group: Group, console: Console) -> signal.Signals | None:
     """Train as ``config`` says and report into ``folder``.
+
+    Args:
+        config: The request.
+        folder: Where results go; that of the first process counts.
+        group: The processes to train with.
+        console: What to print on.
 
     Returns:
         The signal that stopped it, after a checkpoint was saved; ``None`` if it finished.
 
     Raises:
-        UsageError: the data cannot be read, or ``folder`` holds an unfinished experiment.
+        UsageError: the data cannot be read, ``folder`` holds an unfinished experiment, or the
+            processes are not what ``config`` asks for.
     """
-    if (folder / checkpoint.NAME).exists():
-        raise UsageError(
-            f"{folder} holds an unfinished experiment: go on with it ({_resuming(folder)}), "
-            "choose another --out, or delete it"
-        )
-    dataset = _load(config)
-    return _conduct(Experiment(config, dataset.digest, _environment()), dataset, folder, console)
+    _require_processes(config, group, f"-m gcfunc train --{config.parallel} ...")
+    folder = group.first(lambda: _claim(folder, _resuming(folder, config, group)))
+    dataset = group.first(lambda: _load(config))
+    experiment = Experiment(config, dataset.digest, _environment(group))
+    return _conduct(experiment, dataset, folder, group, console)
 
 
-def resume(path: Path, console: Console) -> signal.Signals | None:
+def resume(path: Path, group: Group, console: Console) -> signal.Signals | None:
     """Go on where a stopped experiment's checkpoint is; as :func:`start` otherwise."""
-    experiment, folder = checkpoint.load(path)
-    dataset = _load(experiment.config)
+    experiment, folder = group.first(lambda: checkpoint.load(path))
+    config = experiment.config
+    _require_processes(config, group, f"-m gcfunc train --resume {shlex.quote(str(path))}")
+    dataset = group.first(lambda: _load(config))
     if dataset.digest != experiment.digest:
         raise UsageError(f"{dataset.name} is not the data that {path} was trained on")
-    environment = _environment()
+    environment = _environment(group)
     for key, now in environment.items():
-        if (then := experiment.environment.get(key)) != now:
+        if (then := experiment.environment.get(key, now)) != now:
             console.print(f"Note: {key} was {then}, is {now}; the last digits may differ.")
     experiment.environment = environment
-    return _conduct(experiment, dataset, folder, console)
+    return _conduct(experiment, dataset, folder, group, console)
+
+
+def _require_processes(config: Config, group: Group, arguments: str) -> None:
+    if config.parallel and not group.launched:
+        raise UsageError(
+            f"--{config.parallel} is for processes that torchrun starts: "
+            f"torchrun --nproc-per-node 2 {arguments}"
+        )
+    if group.size > 1 and not config.parallel:
+        raise UsageError(
+            f"started as {group.size} processes, which train together only with --ddp or --fsdp"
+        )
+
+
+def _claim(folder: Path, resuming: str) -> Path:
+    if (folder / checkpoint.NAME).exists():
+        raise UsageError(
+            f"{folder} holds an unfinished experiment: go on with it ({resuming}), "
+            "choose another --out, or delete it"
+        )
+    return folder
 
 
 def _load(config: Config) -> Dataset:
@@ -61,8 +91,9 @@ def _load(config: Config) -> Dataset:
     return data.load(config.dataset, folder, config.limit)
 
 
-def _environment() -> dict[str, str]:
+def _environment(group: Group) -> dict[str, str]:
     return {
+        "processes": str(group.size),
         "gcfunc": gcfunc.__version__,
         # A str of its own kind, which torch.load with weights_only=True would refuse.
         "torch": str(torch.__version__),
@@ -74,38 +105,52 @@ def _environment() -> dict[str, str]:
 
 
 def _conduct(
-    experiment: Experiment, dataset: Dataset, folder: Path, console: Console
+    experiment: Experiment, dataset: Dataset, folder: Path, group: Group, console: Console
 ) -> signal.Signals | None:
     config = experiment.config
+    resuming = _resuming(folder, config, group)
+    group.first(lambda: _prepare(folder))
+    console.print(
+        f"{dataset.name}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to test"
+    )
+    with (
+        StopRequest(announced=group.rank == 0) as stop,
+        group.watched(lambda: _what_stands(folder, resuming)),
+    ):
+        trainers = {gc: Trainer(config, dataset, gc, group) for gc in config.variants}
+        why_eager = _compile(config, trainers, stop, console)
+        stopped_by = _train(experiment, trainers, folder, group, stop, console)
+        if stopped_by is not None:
+            where = group.first(lambda: checkpoint.save(experiment, folder))
+    if stopped_by is not None:
+        run = f"run {len(experiment.finished) + 1} of {len(config.runs)}"
+        console.print(f"Stopped in {run} and saved {where}. Go on with:", soft_wrap=True)
+        console.print(f"  {resuming}", soft_wrap=True)
+        return stopped_by
+
+    group.first(lambda: _report(experiment, dataset, folder, why_eager, console))
+    return None
+
+
+def _prepare(folder: Path) -> None:
     try:
         (folder / "weights").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
-    console.print(
-        f"{dataset.name}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to test"
-    )
-    with StopRequest() as stop:
-        trainers = {gc: Trainer(config, dataset, gc) for gc in config.variants}
-        why_eager = _compile(config, trainers, stop, console)
-        finished = _train(experiment, trainers, folder, stop, console)
-        if not finished:
-            where = checkpoint.save(experiment, folder)
-    if not finished:
-        run = f"run {len(experiment.finished) + 1} of {len(config.runs)}"
-        console.print(f"Stopped in {run} and saved {where}. Go on with:", soft_wrap=True)
-        console.print(f"  {_resuming(folder)}", soft_wrap=True)
-        return stop.received
 
-    _report(experiment, dataset, folder, why_eager, console)
-    # A checkpoint is what tells an unfinished experiment.
-    (folder / checkpoint.NAME).unlink(missing_ok=True)
-    return None
+
+def _what_stands(folder: Path, resuming: str) -> str:
+    if (folder / checkpoint.NAME).exists():
+        return f"the checkpoint of the last whole epoch stands, go on with: {resuming}"
+    return "no epoch was finished, so that nothing was saved"
 
 
 def _compile(
     config: Config, trainers: Mapping[str, Trainer], stop: StopRequest, console: Console
 ) -> str | None:
     """Compile every trainer's step, or give the reason why all of them run eager."""
+    if config.mode == "hooks":
+        return "mode hooks compiles nothing"
     if config.eager:
         return "asked for"
     with console.status("Starting torch.compile"):
@@ -136,10 +181,11 @@ def _train(
     experiment: Experiment,
     trainers: Mapping[str, Trainer],
     folder: Path,
+    group: Group,
     stop: StopRequest,
     console: Console,
-) -> bool:
-    """Make all runs that are left, and say whether they finished."""
+) -> signal.Signals | None:
+    """Make all runs that are left, or give the signal that stopped them."""
     config = experiment.config
     batches = next(iter(trainers.values())).batches
     display = Display(console, len(config.runs), config.epochs, batches)
@@ -151,19 +197,20 @@ def _train(
             )
             display.started(run, done=len(experiment.finished))
             while run.epoch < config.epochs:
-                if stop.received is not None:
+                if (stopped_by := group.agree(stop.received)) is not None:
                     experiment.current = run.to_dict()
-                    return False
+                    return stopped_by
                 trainer.advance(run)
                 display.stepped(run, done=len(experiment.finished))
                 if run.batch == 0:
                     experiment.current = run.to_dict()
-                    checkpoint.save(experiment, folder)
-            checkpoint.save_atomically(run.params, folder / "weights" / f"{gc}-seed{seed}.pt")
+                    group.first(lambda: checkpoint.save(experiment, folder))
+            params, path = run.learner.params(), folder / "weights" / f"{gc}-seed{seed}.pt"
+            group.first(partial(checkpoint.save_atomically, params, path))
             experiment.finished.append(Finished(gc, seed, run.history))
             experiment.current = None
             display.finished(experiment.finished[-1])
-    return True
+    return None
 
 
 def _report(
@@ -178,6 +225,7 @@ def _report(
             "test": len(dataset.test),
             "sha256": dataset.digest,
         },
+        "processes": int(experiment.environment["processes"]),
         "compiled": why_eager is None,
         "why_eager": why_eager,
     }
@@ -187,9 +235,19 @@ def _report(
     if config.compare:
         console.print(summary.verdict(runs, config.gc))
     console.print(f"In {folder}: run.json, curves.png, weights.", soft_wrap=True)
+    # A checkpoint is what tells an unfinished experiment.
+    (folder / checkpoint.NAME).unlink(missing_ok=True)
 
 
-def _resuming(folder: Path) -> str:
+def _resuming(folder: Path, config: Config, group: Group) -> str:
     """The command that goes on, also where the environment is not activated."""
-    command = ["gcfunc"] if shutil.which("gcfunc") else [sys.executable, "-m", "gcfunc"]
+    if config.parallel:
+        torchrun = _command("torchrun", "torch.distributed.run")
+        command = [*torchrun, "--nproc-per-node", str(group.size), "-m", "gcfunc"]
+    else:
+        command = _command("gcfunc", "gcfunc")
     return shlex.join([*command, "train", "--resume", str(folder)])
+
+
+def _command(script: str, module: str) -> list[str]:
+    return [script] if shutil.which(script) else [sys.executable, "-m", module]

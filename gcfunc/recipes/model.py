@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from gcfunc.recipes.errors import UsageError
 
+Params = dict[str, Tensor]
+
 
 def build(height: int, width: int, classes: int) -> nn.Module:
     """Two convolutions and two linear layers; normalized by group, so without buffers."""
@@ -26,7 +28,7 @@ def build(height: int, width: int, classes: int) -> nn.Module:
     )
 
 
-def initial_params(model: nn.Module, seed: int) -> dict[str, Tensor]:
+def initial_params(model: nn.Module, seed: int) -> Params:
     """Fresh parameters for ``model``, drawn from ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

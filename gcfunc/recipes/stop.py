@@ -11,11 +11,15 @@ _MESSAGE = b"\nStopping after this step; once more to stop without saving.\n"
 class StopRequest:
     """While entered, the first SIGINT (Ctrl-C) or SIGTERM is noted rather than obeyed.
 
+    Args:
+        announced: Whether to say so when it comes.
+
     Attributes:
         received: The signal that came, if one did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announced: bool = True) -> None:
+        self._announced = announced
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -36,7 +40,8 @@ class StopRequest:
         self.received = signal.Signals(number)
         self._restore()
         # print could be what the signal interrupted.
-        os.write(2, _MESSAGE)
+        if self._announced:
+            os.write(2, _MESSAGE)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
