@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DEMO := runs/demo
-BENCHMARKS := speed overhead memory compile_time train_step
+BENCHMARKS := speed overhead memory compile_time train_step hooks
 
 # Threads that spin while they wait make training ten times slower on a machine that is busy.
 export OMP_WAIT_POLICY ?= passive

@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 4.0
 """Seconds for each figure."""
+
+Call = TypeVar("Call")
 
 
 class Ratio(NamedTuple):
@@ -53,22 +55,28 @@ def synchronize(device: str) -> None:
 
 
 def against(
-    call: Callable[[], object],
-    baseline: Callable[[], object],
+    call: Call,
+    baseline: Call,
     device: str = "cpu",
     budget: float | None = None,
+    *,
+    timer: Callable[[Call, str], float] = seconds,  # type: ignore[assignment]
+    agree: Callable[[bool], bool] = bool,
 ) -> Ratio:
-    """Time two calls in turn, in alternating order, for about ``budget`` seconds."""
+    """Time two calls in turn, in alternating order, for about ``budget`` seconds.
+
+    Processes that measure together ``agree`` on whether to go on.
+    """
     budget = BUDGET if budget is None else budget
     for warm in (call, baseline) * 2:
-        seconds(warm, device)
+        timer(warm, device)
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + budget
-    while len(pairs) < 11 or (time.perf_counter() < end and len(pairs) < 2000):
+    while agree(len(pairs) < 11 or (time.perf_counter() < end and len(pairs) < 2000)):
         if len(pairs) % 2:
-            pairs.append((seconds(call, device), seconds(baseline, device)))
+            pairs.append((timer(call, device), timer(baseline, device)))
         else:
-            pairs.append((seconds(baseline, device), seconds(call, device))[::-1])
+            pairs.append((timer(baseline, device), timer(call, device))[::-1])
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     low, _, high = statistics.quantiles([a / b for a, b in pairs], n=4)
     return Ratio(ours / theirs, low, high, ours, theirs)

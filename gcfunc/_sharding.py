@@ -15,21 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING or dist.is_available():
+AVAILABLE = dist.is_available()
+"""Whether torch was built with distributed."""
+
+if TYPE_CHECKING or AVAILABLE:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 
 
 def is_dtensor(t: object) -> TypeGuard[DTensor]:
-    """Whether this is a DTensor; never, where torch was built without distributed."""
-    return dist.is_available() and isinstance(t, DTensor)
+    """Whether this is a DTensor."""
+    return AVAILABLE and isinstance(t, DTensor)
 
 
 def any_dtensors(tensors: Sequence[Any]) -> bool:
     """:func:`is_dtensor` for any of them, at the price of one pass over their types."""
-    return dist.is_available() and any(
-        issubclass(kind, DTensor) for kind in set(map(type, tensors))
-    )
+    return AVAILABLE and any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def local(t: Tensor) -> Tensor:

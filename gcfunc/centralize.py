@@ -4,7 +4,7 @@ Gradient centralization (Yong et al. 2020, https://arxiv.org/abs/2004.01461) pro
 of each output unit's weights onto the hyperplane of zero mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,13 +150,17 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
 
 def centralize_list(gs: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Tensor]:
     """:func:`project` for a list; ``None`` leaves a tensor out."""
-    return [g if unit is None else _project(g, unit) for g, unit in zip(gs, units, strict=True)]
+    return [
+        g if unit is None else centralize_one(g, unit) for g, unit in zip(gs, units, strict=True)
+    ]
 
 
-def _project(g: Tensor, unit: Unit) -> Tensor:
+def centralize_one(g: Tensor, unit: Unit) -> Tensor:
+    """:func:`project` for a tensor of any dtype, sharded or not."""
     if _sharding.is_dtensor(g):
-        return _sharding.whole(_project(_sharding.local(g), _of_part(unit, g)), like=g)
-    return project(g.to(compute_dtype(g.dtype)), unit).to(g.dtype)
+        return _sharding.whole(centralize_one(_sharding.local(g), _of_part(unit, g)), like=g)
+    wide = compute_dtype(g.dtype)
+    return project(g, unit) if g.dtype is wide else project(g.to(wide), unit).to(g.dtype)
 
 
 def of_parts(units: Sequence[Unit | None], tensors: Sequence[Tensor]) -> list[Unit | None]:
@@ -203,6 +207,18 @@ def answers(
         return [_units(names[i], leaves[i], where(names[i], leaves[i])) for i in members]
     mask = _tree.leaves_like(where, names, "where", "params")
     return [_units(names[i], leaves[i], mask[i]) for i in members]
+
+
+def answers_for_some(where: Where, some: Mapping[str, Tensor]) -> dict[str, Units | None]:
+    """What ``where`` means for some of the tensors that a mask, if it is one, is for."""
+    names, tensors = [*some], [*some.values()]
+    if not isinstance(where, str) and not _tree.is_function(where):
+        mask = _tree.flatten(where, "where")
+        given = dict(zip(mask.names, mask.leaves, strict=True))
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"where: the mask has no {', '.join(map(repr, missing))}")
+        where = {name: given[name] for name in names}
+    return dict(zip(names, answers(where, names, tensors, range(len(names))), strict=True))
 
 
 def _resolve(

@@ -26,7 +26,7 @@ from gcfunc.centralize import (
     Unit,
     Where,
     by_rule,
-    centralize_list,
+    centralize_one,
     require_rule,
     resolve,
 )
@@ -406,7 +406,7 @@ def _before_accumulation(name: str, unit: Unit, sparse: Sparse) -> Callable[[Ten
 
     def centralize(grad: Tensor) -> Tensor:
         if grad.layout is torch.strided:
-            return centralize_list([grad], [unit])[0]
+            return centralize_one(grad, unit)
         return grad if sparse == "skip" else _centralize_sparse(name, grad, unit, sparse)
 
     return centralize
@@ -423,7 +423,7 @@ def _centralize_sparse(name: str, grad: Tensor, unit: Unit, sparse: Sparse) -> T
         )
     # Several values may belong to one row. The projection of their sum is that of their
     # projections, so there is no need to add them up.
-    values = centralize_list([grad._values()], [unit])[0]
+    values = centralize_one(grad._values(), unit)
     return torch.sparse_coo_tensor(
         grad._indices(),
         values,
@@ -439,7 +439,7 @@ def _after_reduction(unit: Unit) -> Callable[[Tensor], None]:
     @torch.no_grad()
     def centralize(param: Tensor) -> None:
         assert param.grad is not None  # just accumulated
-        param.grad.copy_(centralize_list([param.grad], [unit])[0])
+        param.grad.copy_(centralize_one(param.grad, unit))
 
     return centralize
 
@@ -492,7 +492,7 @@ def _comm_hook(inner: CommHook, unit_of: Callable[[Tensor], Unit | None]) -> Com
             for param, grad in zip(params, _gradients(content, params), strict=True):
                 unit = unit_of(param)
                 if unit is not None:
-                    grad.copy_(centralize_list([grad], [unit])[0])
+                    grad.copy_(centralize_one(grad, unit))
             return content
 
         return inner(state, bucket).then(centralize)

@@ -2,16 +2,19 @@
 
 import json
 import math
+import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import gcfunc
-from benchmarks import measure, overhead, peers, speed
+from benchmarks import hooks, measure, overhead, peers, speed
 from benchmarks.shapes import MODELS, gpt2
 from tests.cases import Params, largest_difference, make_params, random_like
 
@@ -84,6 +87,81 @@ def test_overhead_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     overhead.main()
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [row["candidate"] for row in rows] == [*overhead.CANDIDATES]
+
+
+def set_up_with(candidate: str) -> tuple[list[Params], bool]:
+    """Gradients of a step within and without a candidate, and whether it holds on to hooks."""
+    setting = hooks.prepare("mlp", "eager", ddp=False)
+    model = setting.task.model
+    found: list[Params] = []
+    for way in (hooks.CANDIDATES[candidate](setting), hooks.unhooked(setting)):
+        with way.within():
+            way.step()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    return found, any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("candidate", ["centralize_backward", "loop after backward"])
+def test_hooked_and_unhooked_differ_by_centralization(candidate: str) -> None:
+    (ours, plain), hooks_left = set_up_with(candidate)
+    centralized = gcfunc.centralize(plain)
+    assert largest_difference(ours, centralized) < 1e-6 * largest_difference(ours, plain)
+    assert not hooks_left
+
+
+def test_unhooked_against_itself() -> None:
+    (again, plain), _ = set_up_with("unhooked")
+    assert largest_difference(again, plain) == 0
+
+
+def test_a_turn_times_steps_after_the_first() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    def agree(go_on: bool) -> bool:
+        events.append("agree")
+        return go_on
+
+    way = hooks.Way(lambda: events.append("step"), within)
+    assert hooks.turn(way, "cpu", steps=2, agree=agree) > 0
+    assert events == ["enter", "step", "agree", "step", "step", "leave"]
+
+
+def test_hooks_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    own = ["--models", "mlp", "--modes", "eager", "--seconds", "0", "--candidates"]
+    monkeypatch.setattr(sys, "argv", ["hooks", *own, "centralize_backward", "register_ddp"])
+    hooks.main()
+    rows = json.loads((tmp_path / "hooks.json").read_text())["rows"]
+    assert [(row["processes"], row["candidate"]) for row in rows] == [
+        (1, "centralize_backward"),  # there is nothing to communicate
+        (2, "centralize_backward"),
+        (2, "register_ddp"),
+    ]
+    assert all(row["ratio"] == row["seconds"] / row["baseline"] > 0 for row in rows)
+    out = capsys.readouterr().out
+    assert all(f"| {row['ratio']:.3f} |" in out for row in rows)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_fails_ends_the_other() -> None:
+    with pytest.raises(ProcessRaisedException, match="KeyError: 'unknown'"):
+        hooks.together("unknown", "eager", ["unhooked"], 0.0)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_that_take_too_long_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "TIMEOUT", 0.1)
+    with pytest.raises(TimeoutError, match="two processes took more than"):
+        hooks.together("mlp", "eager", ["unhooked"], 0.0)
+    assert not multiprocessing.active_children()
 
 
 def test_ratios_come_from_medians() -> None:

@@ -1,0 +1,273 @@
+"""What hooks add to forward and backward, as a ratio to the same model without them.
+
+One model takes turns with and without hooks, so that its weights lie at the same place. Every turn
+begins with a step that is not timed: memory is then laid out as that way of stepping leaves it.
+
+    python -m benchmarks.hooks --models mlp --modes eager --processes 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import measure
+from benchmarks.train_step import Step, Task, cnn, loss_fn, transformer
+from gcfunc.hooks import centralize_backward, register_ddp
+
+TIMEOUT = 600.0
+"""Seconds for all that two processes do with one model."""
+
+Row = dict[str, Any]
+
+
+def resnet50(size: int = 128) -> Task:
+    """ResNet-50 on 8 images, square. The smaller they are, the more its weights count."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig()
+    config.num_labels = 1000
+    model = Logits(ResNetForImageClassification(config))
+    return Task(model, torch.randn(8, 3, size, size), torch.randint(1000, (8,)))
+
+
+class Logits(nn.Module):
+    """What a loss takes of a model from transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores."""
+        logits: Tensor = self.model(images).logits
+        return logits
+
+
+def mlp() -> Task:
+    """Four layers of width 512 on a batch of 64."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    return Task(nn.Sequential(*layers[:-1]), torch.randn(64, 512), torch.randint(512, (64,)))
+
+
+class Model(NamedTuple):
+    """A task, and how many of its steps are timed at once."""
+
+    task: Callable[[], Task]
+    steps: int = 1
+
+
+MODELS = {
+    "cnn": Model(cnn),
+    "resnet50": Model(resnet50),
+    "resnet50_64": Model(partial(resnet50, 64)),
+    "mlp": Model(mlp, steps=8),
+    "transformer": Model(transformer),
+}
+
+
+class Way(NamedTuple):
+    """A way of stepping: steps to repeat, within what is set up before and undone after them."""
+
+    step: Step
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class Setting(NamedTuple):
+    """A model that is ready to run.
+
+    Attributes:
+        task: The task with the bare model.
+        forward: The model as it is called, compiled or in DDP.
+        wrap: How ``forward`` was made of the model.
+    """
+
+    task: Task
+    forward: Any
+    wrap: Callable[[nn.Module], Any]
+
+    def step(self, forward: Any = None) -> None:
+        """Forward and backward."""
+        forward = self.forward if forward is None else forward
+        forward.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss_fn(forward(self.task.inputs), self.task.targets))
+
+
+def unhooked(setting: Setting) -> Way:
+    """Just that. Its ratio, which should be 1, says how much noise there is."""
+    return Way(setting.step)
+
+
+def hooked(setting: Setting) -> Way:
+    """Tensor hooks."""
+    return Way(setting.step, partial(centralize_backward, setting.task.model))
+
+
+def loop(setting: Setting) -> Way:
+    """What people write after ``loss.backward()``."""
+
+    def step() -> None:
+        setting.step()
+        for p in setting.task.model.parameters():
+            if p.ndim > 1 and p.grad is not None:
+                p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
+
+    return Way(step)
+
+
+def communicated(setting: Setting) -> Way:
+    """A communication hook, on a copy, as DDP cannot remove it."""
+    ddp = setting.wrap(copy.deepcopy(setting.task.model))
+    register_ddp(ddp)
+    return Way(partial(setting.step, ddp))
+
+
+CANDIDATES: dict[str, Callable[[Setting], Way]] = {
+    "centralize_backward": hooked,
+    "register_ddp": communicated,
+    "loop after backward": loop,
+    "unhooked": unhooked,
+}
+
+
+def prepare(model: str, mode: str, *, ddp: bool) -> Setting:
+    """A model with its batch, the same in every process and for every candidate."""
+    torch.manual_seed(0)
+    task = MODELS[model].task()
+
+    def wrap(bare: nn.Module) -> Any:
+        forward: Any = torch.compile(bare) if mode == "compiled" else bare
+        return DistributedDataParallel(forward) if ddp else forward
+
+    return Setting(task, wrap(task.model), wrap)
+
+
+def rows(model: str, mode: str, candidates: list[str], budget: float | None) -> Iterator[Row]:
+    """Measure, in this process or together with the others of its group."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    agree = bool if size == 1 else all_agree
+    setting = prepare(model, mode, ddp=size > 1)
+    baseline = unhooked(setting)
+    for candidate in candidates:
+        if candidate == "register_ddp" and size == 1:
+            continue
+        way = CANDIDATES[candidate](setting)
+        timer = partial(turn, steps=MODELS[model].steps, agree=agree)
+        result = measure.against(way, baseline, budget=budget, timer=timer, agree=agree)
+        names = {"model": model, "mode": mode, "processes": size, "candidate": candidate}
+        yield names | {"threads": torch.get_num_threads()} | result._asdict()
+    torch.compiler.reset()
+
+
+def turn(way: Way, device: str, *, steps: int, agree: Callable[[bool], bool]) -> float:
+    """Seconds for a step, after one that is not timed."""
+
+    def several() -> None:
+        for _ in range(steps):
+            way.step()
+
+    with way.within():
+        way.step()
+        agree(True)  # so that none waits for another that is still setting up
+        return measure.seconds(several, device) / steps
+
+
+def all_agree(go_on: bool) -> bool:
+    """Whether every process of the group would; none goes on before all have answered."""
+    answer = torch.tensor(int(go_on))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def together(model: str, mode: str, candidates: list[str], budget: float | None) -> list[Row]:
+    """:func:`rows` in two processes of one thread each, as the first measures them."""
+    with tempfile.TemporaryDirectory() as folder, workers(folder, model, mode, candidates, budget):
+        return [json.loads(line) for line in (Path(folder) / "rows").read_text().splitlines()]
+
+
+@contextmanager
+def workers(folder: str, *args: Any) -> Iterator[None]:
+    """Two processes that are done when the block begins, and gone when anything goes wrong."""
+    context: Any = spawn(worker, (folder, *args), nprocs=2, join=False)  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{args}: two processes took more than {TIMEOUT:.0f} s")
+        yield
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+
+
+def worker(rank: int, folder: str, *args: Any) -> None:
+    """One of them, over gloo on the loopback interface."""
+    # lo on Linux, lo0 on macOS.
+    interfaces = [name for _, name in socket.if_nameindex()]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if "lo" in interfaces else "lo0"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    found = [*rows(*args)]
+    if rank == 0:
+        (Path(folder) / "rows").write_text("".join(json.dumps(row) + "\n" for row in found))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    modes = ["eager", "compiled"]
+    parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    asked = [candidate for candidate in CANDIDATES if candidate != "unhooked"]
+    parser.add_argument("--candidates", nargs="+", default=asked, choices=CANDIDATES)
+    parser.add_argument("--seconds", type=float, help="for each figure")
+    args = parser.parse_args()
+    found: list[Row] = []
+    lines: list[list[object]] = []
+    for model, size, mode in itertools.product(args.models, args.processes, args.modes):
+        measured = rows if size == 1 else together
+        by: dict[str, Row] = {}
+        for row in measured(model, mode, args.candidates, args.seconds):
+            by[row["candidate"]] = row
+            print(
+                f"{model} {mode} {size} {row['candidate']}: {row['ratio']:.3f} "
+                f"[{row['low']:.3f}, {row['high']:.3f}], {1e3 * row['seconds']:.2f} ms",
+                flush=True,
+            )
+        found += by.values()
+        baselines = sorted(1e3 * row["baseline"] for row in by.values())
+        ratios = [f"{by[c]['ratio']:.3f}" if c in by else "" for c in args.candidates]
+        lines.append([model, mode, size, f"{baselines[len(baselines) // 2]:.2f} ms", *ratios])
+    head = ["model", "mode", "processes", "without hooks", *args.candidates]
+    measure.report("hooks", measure.table(head, lines), found)
+
+
+if __name__ == "__main__":
+    main()
