@@ -26,7 +26,7 @@ demo: $(STAMPS)/recipes ## train on real images with and without gradient centra
 	$(BIN)/gcfunc train $(if $(wildcard $(DEMO)/checkpoint.pt),--resume,--compare --out) $(DEMO)
 
 test: $(STAMPS)/dev ## run every test, doctest and notebook
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbmake $(NOTEBOOKS)
 
 slow: $(STAMPS)/dev ## run the tests that take minutes

@@ -109,11 +109,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def report(name: str, markdown: str, rows: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+def report(
+    name: str,
+    markdown: str,
+    rows: Sequence[dict[str, Any]],
+    device: str = "cpu",
+    output: str | None = None,
+) -> None:
     """Print a table, and write it as JSON with the machine and the command that made it."""
     print(markdown, flush=True)
     kind = "" if device == "cpu" else f"-{device}"
-    path = RESULTS / f"{name}{kind}.json"
+    path = RESULTS / f"{output or name}{kind}.json"
     path.parent.mkdir(exist_ok=True)
     command = "python -m benchmarks." + " ".join([name, *sys.argv[1:]])
     content = {"command": command, "machine": machine(device), "rows": list(rows)}

@@ -16,6 +16,7 @@ from benchmarks import measure, peers
 CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
     "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
     "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
+    "gcfunc drop-in": peers.drop_in,
     "torch foreach, no GC": partial(peers.torch_optim, foreach=True, loop=False),
     "reference loop": peers.reference,
 }

@@ -34,13 +34,16 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda ps, **kw: torch.optim.AdamW(ps, LR, **kw),
     "adagrad": lambda ps, **kw: torch.optim.Adagrad(ps, LR, **kw),
 }
+DROP_INS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda ps, **kw: gcfunc.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
+    "adamw": lambda ps, **kw: gcfunc.optim.AdamW(ps, LR, **kw),
+    "adagrad": lambda ps, **kw: gcfunc.optim.Adagrad(ps, LR, **kw),
+}
 
 
 def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **how: bool) -> Peer:
     """torch.optim's step; with ``loop`` after a Python loop that centralizes the gradients."""
-    ps = [p.clone() for p in params.values()]
-    for p, g in zip(ps, grads.values(), strict=True):
-        p.grad = g.clone()
+    ps = _parameters(params, grads)
     opt = TORCH[algorithm](ps, **how)
 
     def centralize_and_step() -> None:
@@ -50,6 +53,20 @@ def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **
         opt.step()
 
     return Peer(centralize_and_step if loop else opt.step, dict(zip(params, ps, strict=True)))
+
+
+def drop_in(algorithm: str, params: Params, grads: Params) -> Peer:
+    """gcfunc's torch.optim class, compiled."""
+    ps = _parameters(params, grads)
+    opt = DROP_INS[algorithm](ps, gc="gc", compile=True)
+    return Peer(opt.step, dict(zip(params, ps, strict=True)))
+
+
+def _parameters(params: Params, grads: Params) -> list[Tensor]:
+    ps = [p.clone() for p in params.values()]
+    for p, g in zip(ps, grads.values(), strict=True):
+        p.grad = g.clone()
+    return ps
 
 
 def ours(

@@ -19,6 +19,7 @@ from benchmarks.shapes import MODELS
 CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
     "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
     "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
+    "gcfunc drop-in": peers.drop_in,
     "gcfunc packed, and packing": partial(
         peers.ours, gc="gc", packed=True, donate=True, packing=True
     ),
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, help="for each figure")
+    parser.add_argument("--output", help="another name for the file of results")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for model in args.models:
@@ -77,7 +79,7 @@ def main() -> None:
             fused = sorted(1e3 * r["baseline"] for r in own)[len(own) // 2]
             lines.append([model, algorithm, f"{fused:.2f} ms", *(f"{r['ratio']:.2f}" for r in own)])
     head = ["model", "algorithm", "torch fused, no GC", *args.candidates]
-    measure.report("speed", measure.table(head, lines), rows, args.device)
+    measure.report("speed", measure.table(head, lines), rows, args.device, args.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from gcfunc import hooks
+from gcfunc import hooks, optim
 from gcfunc._optimizer import Optimizer
 from gcfunc._types import GC, State, update_hyperparams
 from gcfunc.adagrad import adagrad
@@ -10,6 +10,7 @@ from gcfunc.adam import adam, adamw
 from gcfunc.centralize import Units, centralize
 from gcfunc.checkpoint import load_state_dict, state_dict
 from gcfunc.compile import compile  # noqa: A004
+from gcfunc.groups import layerwise_lr, layerwise_lr_groups, no_decay, no_decay_groups
 from gcfunc.lookahead import lookahead, ranger
 from gcfunc.pack import pack, unpack
 from gcfunc.partition import partition
@@ -30,8 +31,13 @@ __all__ = [
     "centralize",
     "compile",
     "hooks",
+    "layerwise_lr",
+    "layerwise_lr_groups",
     "load_state_dict",
     "lookahead",
+    "no_decay",
+    "no_decay_groups",
+    "optim",
     "pack",
     "partition",
     "radam",

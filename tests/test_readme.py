@@ -24,7 +24,7 @@ def test_every_block_after_the_one_before(tmp_path: Path) -> None:
         "schedule": schedule,
         "path": tmp_path / "checkpoint.pt",
     }
-    loop, checkpoint, packed, whole, hooked, sharded, mask = BLOCKS
+    loop, checkpoint, packed, whole, hooked, sharded, drop_in, mask = BLOCKS
     exec(loop, scope)
     params, state = scope["params"], scope["state"]
     assert state.step == 3
@@ -70,8 +70,33 @@ def test_every_block_after_the_one_before(tmp_path: Path) -> None:
     assert moved.abs().max() < 1e-7
     assert (model.get_parameter("3.bias") - before["3.bias"]).abs().max() > 1e-3
 
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(drop_in, scope)
+    assert scope["optimizer"].state_dict()["state"][0]["step"] == 3
+    assert scope["optimizer"].param_groups[0]["lr"] < 1e-9
+    assert (model.get_parameter("3.bias") - before["3.bias"]).abs().max() > 1e-4
+
     exec(mask, scope)
     assert scope["opt"].init(params).hyperparams["lr"] == 1e-3
+
+
+def test_every_migration() -> None:
+    diffs = re.findall(r"```diff\n(.*?)```", TEXT, re.DOTALL)
+    assert len(diffs) == 4
+    for diff in diffs:
+        lines = [line[1:] for line in diff.splitlines() if not line.startswith("-")]
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        before = model.weight.detach().clone()
+        scope: dict[str, Any] = {"model": model, "gcfunc": gcfunc, "torch": torch}
+        exec("\n".join(lines), scope)
+        model(torch.randn(5, 4)).square().sum().backward()
+        scope["optimizer"].step()
+        # Decay of SGD_GC is centralized, that of the others is not.
+        moved = model.weight - before
+        assert moved.abs().max() > 1e-6
+        if "SGD_GC" in diff:
+            assert moved.mean(1).abs().max() < 1e-7
 
 
 def schedule(i: int) -> float:

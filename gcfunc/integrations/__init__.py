@@ -1,0 +1,1 @@
+"""What makes the optimizers known to other libraries; nothing in gcfunc imports it."""

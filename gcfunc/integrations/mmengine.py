@@ -1,0 +1,20 @@
+"""The optimizers by name in MMEngine's configs, once this module is imported.
+
+Registered are the reference's names and those that torch does not have. ``gcfunc.optim.SGD`` and
+the others that torch has too go by their full names, for which MMEngine needs no registration.
+
+Example, of a config::
+
+    custom_imports = dict(imports=["gcfunc.integrations.mmengine"])
+    optim_wrapper = dict(optimizer=dict(type="SGD_GC", lr=0.1, momentum=0.9))
+    # or: optimizer=dict(type="gcfunc.optim.SGD", lr=0.1, momentum=0.9, gc="gc")
+"""
+
+from mmengine.registry import OPTIMIZERS
+
+from gcfunc import optim
+
+NAMES = ("SGDW", "Ranger", *(name for name in vars(optim) if "_GC" in name))
+
+for name in NAMES:
+    OPTIMIZERS.register_module(name, module=getattr(optim, name))
