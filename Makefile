@@ -33,7 +33,7 @@ slow: $(STAMPS)/dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 # Without the wait policy above, which would make short parallel loops slow.
-bench: $(STAMPS)/bench ## measure speed, memory and compile time against torch.optim; half an hour, on a quiet machine
+bench: $(STAMPS)/bench ## measure speed, memory and compile time against torch.optim; an hour, on a quiet machine
 	for benchmark in $(BENCHMARKS); do \
 		env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.$$benchmark || exit 1; done
 

@@ -182,10 +182,14 @@ class Optimizer:
         flat = _tree.flatten(params, "params")
         require_tensors(flat.names, flat.leaves, "params")
         gs = _tree.leaves_like(grads, flat.names, "grads", "params", flat.layout)
+        return flat, gs, self.buckets(flat, gs, state)
+
+    def buckets(self, flat: Flat, gs: Sequence[Tensor | None], state: State) -> list[Bucket]:
+        """What is stepped together, or the errors about gradients and state."""
         _require_grads(flat.names, flat.leaves, gs)
         groups = self._groups(flat)
         self._require_state(flat, groups, state)
-        return flat, gs, self._buckets(flat, gs, groups)
+        return self._buckets(flat, gs, groups)
 
     def _groups(self, flat: Flat) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = {key: [] for key in self.rules}

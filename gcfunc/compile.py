@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from gcfunc import _tree
+from gcfunc._check import require_tensors
 from gcfunc._compiled_train_step import CompiledTrainStep, DonatedTrainStep
 from gcfunc._optimizer import Bucket, Optimizer, require_scalars
 from gcfunc._plan import Arguments, Plan, Update
@@ -32,7 +33,13 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
 
 @overload
 def compile(  # noqa: A001
-    opt: Optimizer, *, donate: bool = True, **torch_compile_kwargs: Any
+    opt: Optimizer, *, donate: Literal[True] = True, **torch_compile_kwargs: Any
+) -> Donated: ...
+
+
+@overload
+def compile(  # noqa: A001
+    opt: Optimizer, *, donate: bool, **torch_compile_kwargs: Any
 ) -> Compiled: ...
 
 
@@ -126,7 +133,7 @@ class Donated(Compiled):
 
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         super().__init__(opt, kwargs)
-        self._graphs: dict[Any, _Graph] = {}
+        self.graphs: dict[Any, _Graph] = {}  # by the key of a plan's part
         self._serving: tuple[Plan, list[_Graph]] | None = None
 
     @torch.no_grad()
@@ -144,15 +151,21 @@ class Donated(Compiled):
         gs = _tree.leaves_like(grads, flat.names, "grads", "params", flat.layout)
         require_state(state)
         require_scalars(state)
+        self.step_flat(flat, gs, state)
+        return params, state
+
+    def step_flat(self, flat: _tree.Flat, gs: Sequence[torch.Tensor | None], state: State) -> None:
+        """:meth:`step` on trees that were taken apart, under :func:`torch.no_grad`."""
         serving = self._serving  # read once: another thread may step another model
         if serving is None or not serving[0].serves(flat, gs, state):
-            _, _, buckets = self._opt.prepare(params, grads, state)
+            require_tensors(flat.names, flat.leaves, "params")
+            buckets = self._opt.buckets(flat, gs, state)
             ahead = _compiles_ahead(self._kwargs, buckets)
             plan = Plan(buckets, flat, gs, state, split=ahead)
             for part in plan.parts:
-                if part.key not in self._graphs:
-                    self._graphs[part.key] = _Graph(part.update(), self._kwargs, ahead=ahead)
-            serving = self._serving = plan, [self._graphs[part.key] for part in plan.parts]
+                if part.key not in self.graphs:
+                    self.graphs[part.key] = _Graph(part.update(), self._kwargs, ahead=ahead)
+            serving = self._serving = plan, [self.graphs[part.key] for part in plan.parts]
         plan, graphs = serving
         count = state.step + 1
         try:
@@ -163,10 +176,9 @@ class Donated(Compiled):
                 call(*args)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
-            self._opt.prepare(params, grads, state)
+            self._opt.buckets(flat, gs, state)
             raise
         state.step.copy_(count)
-        return params, state
 
 
 class _Graph:

@@ -7,19 +7,24 @@ derived from; the arithmetic is the functional step's. Further arguments, the sa
   and an option of each parameter group, so that one may switch it off. Masks and predicates see
   names if the optimizer is given ``model.named_parameters()``. A ``state_dict`` has None for it:
   which weights are centralized is for code to say.
-- ``compile``: whether the step is compiled by :func:`gcfunc.compile`. By default it is for groups
-  whose parameters hold a million values or more. Below that a step is so short that the seconds
-  which compiling takes may never be won back.
+- ``compile``: whether the step is compiled by :func:`gcfunc.compile`. By default it is if the
+  parameters hold a million values or more. Below that a step is so short that the seconds which
+  compiling takes may never be won back. What is compiled is for the parameters that have
+  gradients: others compile again, and a step keeps hold of the memory it planned for until the
+  next.
 
 ``foreach`` and ``fused`` are accepted and change nothing; ``capturable`` and ``differentiable`` are
 refused. The classes named ``SGD_GC`` and so on have the reference's names, defaults and results.
 """
 
+import copy
+import inspect
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +34,7 @@ from gcfunc import _sharding, _tree
 from gcfunc._check import require_tensors
 from gcfunc._hyperparams import check
 from gcfunc._optimizer import Optimizer
-from gcfunc._tree import Tree
+from gcfunc._tree import Flat
 from gcfunc._types import GC, State, as_gc
 from gcfunc.adagrad import adagrad
 from gcfunc.adam import adam, adamw
@@ -40,7 +45,7 @@ from gcfunc.radam import radam
 from gcfunc.sgd import sgd, sgdw
 
 COMPILE_FROM = 1_000_000
-"""How many values the parameters of a group hold at least, for it to be compiled by default."""
+"""How many values the parameters hold at least, for steps to be compiled by default."""
 
 Choice = GC | str | None
 Group = dict[str, Any]
@@ -51,6 +56,8 @@ Entry = dict[str, Any]
 class _Stepped(torch.optim.Optimizer):
     """What all classes share: torch's groups and state in front of a functional step."""
 
+    _own: Group = {}  # noqa: RUF012
+    """Options of its groups that torch's class does not have."""
     _gc: ClassVar[Choice] = None
     _counts: ClassVar[bool] = True
     """Whether the state has a ``"step"``."""
@@ -61,13 +68,12 @@ class _Stepped(torch.optim.Optimizer):
         *args: Any,
         gc: Choice | Literal["default"] = "default",
         compile: bool | None = None,  # noqa: A002
-        own: Group | None = None,
         **kwargs: Any,
     ) -> None:
         for option in ("capturable", "differentiable"):
             if kwargs.get(option):
                 raise ValueError(f"{type(self).__name__} does not support {option}=True")
-        self._own: Group = {"gc": self._gc if gc == "default" else gc} | (own or {})
+        self._own = self._own | {"gc": self._gc if gc == "default" else gc}
         self._compile = compile
         self._forget()
         super().__init__(params, *args, **kwargs)
@@ -77,10 +83,35 @@ class _Stepped(torch.optim.Optimizer):
         if centralized and not any(any(_units(group).values()) for group in centralized):
             raise ValueError(f"gc={centralized[0]['gc']!r} selects none of the parameters")
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # For help(), and for what makes optimizers from configurations: torch's arguments and ours.
+        own = next(
+            base for base in cls.__mro__ if "__init__" in vars(base) and base is not _Stepped
+        )
+        _, *given = inspect.signature(own.__init__).parameters.values()
+        more = [p for p in given if p.kind is p.VAR_KEYWORD]
+        if more or own.__module__ != __name__:
+            named = [p for p in given if p not in more]
+            kind = inspect.Parameter.KEYWORD_ONLY
+            named.append(inspect.Parameter("gc", kind, default=cls._gc, annotation=Choice))
+            named.append(inspect.Parameter("compile", kind, default=None, annotation=bool | None))
+            given = [*named, *more]
+        cls.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
+
     def _forget(self) -> None:
         self._runs: dict[int, _Run] = {}
         self._entries: list[int] = []
-        self._steps: dict[Any, tuple[Optimizer, Step]] = {}
+        if not hasattr(self, "_steps"):  # of which none holds params or state
+            self._steps: dict[Any, tuple[Optimizer, Callable[[], Step]]] = {}
+            self._graphs: dict[Any, dict[Any, Any]] = {}
+            self._failures: list[Exception] = []
+
+    def _compiles(self) -> bool:
+        if self._compile is not None:
+            return self._compile
+        values = sum(p.numel() for group in self.param_groups for p in group["params"])
+        return values >= COMPILE_FROM and not self._failures
 
     def _structure(self, group: Group) -> tuple[Any, ...]:
         """What a functional optimizer is built with, and can only be built anew for."""
@@ -126,13 +157,13 @@ class _Stepped(torch.optim.Optimizer):
         given = [_with_gradients(group["params"]) for group in self.param_groups]
         for _, grads in given:
             _require_dense(type(self).__name__, grads)
-        if self._entries != [*map(id, self.state.values())]:
+        if self._entries != [*map(id, self.state.values())] or len(self._runs) > len(given):
             self._runs = {}
         known = len(self.state)
         try:
             for i, (params, _) in enumerate(given):
                 run = self._runs.get(i)
-                if params and not (run and run.serves(self.param_groups[i], params)):
+                if params and not (run and run.serves(self, self.param_groups[i], params)):
                     self._runs[i] = _Run(self, i, params)
                     self._entries = [*map(id, self.state.values())]
         except BaseException:
@@ -142,7 +173,7 @@ class _Stepped(torch.optim.Optimizer):
             raise
         for i, (params, grads) in enumerate(given):
             if params:
-                self._runs[i].step(grads)
+                self._runs[i].step(self, grads)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, whose class of the same name can load it."""
@@ -183,8 +214,8 @@ class _Stepped(torch.optim.Optimizer):
 
 _apart = torch.compiler.disable(_Stepped._step_groups)  # type: ignore[no-untyped-call]
 
-Step = Callable[[Tree, Tree, State], object]
-"""A step in place."""
+Step = Callable[[Flat, Sequence[Tensor], State], None]
+"""A step in place, on trees that were taken apart."""
 
 
 class _Run:
@@ -192,62 +223,69 @@ class _Run:
 
     def __init__(self, optimizer: _Stepped, i: int, params: list[Tensor]) -> None:
         group = optimizer.param_groups[i]
-        self._optimizer, self._group = optimizer, group
+        self._group = group
         self._structure = (group["gc"], *optimizer._structure(group))
         self._params = [*params]
-        names, units = _names(group), _units(group)
+        names = _names(group)
         cohorts: dict[int, list[int]] = {}
         for j, p in enumerate(params):
             cohorts.setdefault(_count(optimizer.state.get(p, {})), []).append(j)
         self._cohorts = [
-            (members, self._cohort(i, count, {names[params[j]]: params[j] for j in members}, units))
+            (members, _cohort(optimizer, i, count, {names[params[j]]: params[j] for j in members}))
             for count, members in cohorts.items()
         ]
-        self._entries = [optimizer.state[p] for p in params if p in optimizer.state]
-        self._tensors = self._identities()
+        self._views = [optimizer.state[p].values() for p in params if p in optimizer.state]
+        self._held = [*self._values()]
 
-    def _cohort(
-        self, i: int, count: int, params: dict[str, Tensor], units: Mapping[str, Units | None]
-    ) -> "_Cohort":
-        optimizer, group = self._optimizer, self._group
-        gc = as_gc(group["gc"])
-        # A cohort that has nothing to centralize, such as biases, is no mistake.
-        if not any(units[name] for name in params):
-            gc = None
-        compiled = optimizer._compile
-        if compiled is None:
-            compiled = sum(p.numel() for p in group["params"]) >= COMPILE_FROM
-        key = (i, *self._structure[1:], gc and (gc.at, *units.items()))
-        if key not in optimizer._steps:
-            if gc is not None:
-                gc = replace(gc, where=lambda name, p: units[name] or False)
-            opt = optimizer._functional(group, gc)
-            step = _compiled(opt, optimizer._compile is None) if compiled else _eager(opt)
-            optimizer._steps[key] = opt, step
-        opt, step = optimizer._steps[key]
-        return _Cohort(optimizer, group, opt, step, count, params)
-
-    def serves(self, group: Group, params: list[Tensor]) -> bool:
+    def serves(self, optimizer: _Stepped, group: Group, params: list[Tensor]) -> bool:
         """Whether nothing was exchanged since the run was made."""
         return (
             group is self._group
             and len(params) == len(self._params)
             and all(map(operator.is_, params, self._params))
-            and self._identities() == self._tensors
+            and all(map(operator.is_, self._values(), self._held))
+            and not any(cohort.was_recounted() for _, cohort in self._cohorts)
             and group["gc"] is self._structure[0]
-            and self._optimizer._structure(group) == self._structure[1:]
+            and optimizer._structure(group) == self._structure[1:]
         )
 
-    def _identities(self) -> list[int]:
-        # They are held, so that no other can have taken their place.
-        return [*map(id, itertools.chain.from_iterable(map(dict.values, self._entries)))]
+    def _values(self) -> Iterator[Any]:
+        """All of the parameters' state, and an end that differs from any of it."""
+        return itertools.chain(itertools.chain.from_iterable(self._views), (_END,))
 
-    def step(self, grads: list[Tensor]) -> None:
+    def step(self, optimizer: _Stepped, grads: list[Tensor]) -> None:
         """Step the parameters."""
         if self._group["maximize"]:
             grads = [g.neg() for g in grads]
         for members, cohort in self._cohorts:
-            cohort.step([grads[j] for j in members])
+            every = len(members) == len(grads)
+            own = grads if every else [grads[j] for j in members]
+            cohort.step(optimizer, self._group, own)
+
+
+_END = object()
+
+
+def _cohort(optimizer: _Stepped, i: int, count: int, params: dict[str, Tensor]) -> "_Cohort":
+    group = optimizer.param_groups[i]
+    gc, units = as_gc(group["gc"]), _units(group)
+    # A cohort that has nothing to centralize, such as biases, is no mistake.
+    if not any(units[name] for name in params):
+        gc = None
+    structure, compiled = optimizer._structure(group), optimizer._compiles()
+    key = (i, compiled, *structure, gc and (gc.at, *units.items()))
+    if key not in optimizer._steps:
+        if gc is not None:
+            gc = replace(gc, where=lambda name, p: units[name] or False)
+        opt = optimizer._functional(group, gc)
+        make: Callable[[], Step] = partial(_eager, opt)
+        if compiled:
+            graphs = optimizer._graphs.setdefault((structure, gc and gc.at), {})
+            failures = optimizer._failures if optimizer._compile is None else None
+            make = _compiled(opt, graphs, failures)
+        optimizer._steps[key] = opt, make
+    opt, make = optimizer._steps[key]
+    return _Cohort(optimizer, opt, make(), count, params)
 
 
 class _Cohort:
@@ -256,22 +294,22 @@ class _Cohort:
     def __init__(
         self,
         optimizer: _Stepped,
-        group: Group,
         opt: Optimizer,
         step: Step,
         count: int,
         params: dict[str, Tensor],
     ) -> None:
-        self._optimizer, self._group = optimizer, group
-        self._params, self._step, self._count = params, step, count
+        self._flat, self._step, self._count = _tree.flatten(params, "params"), step, count
         start = opt.init(params)
         # As in torch, what has no state has no entry either, and a counter comes first.
         keeps = optimizer._counts or start.slots
         entries = {name: optimizer.state[p] for name, p in params.items() if keeps}
-        self._counter = torch.tensor(float(count))
+        # One to count up, and a view of it for each parameter.
+        self._counts = torch.full((len(params),), float(count))
         if optimizer._counts:
-            for entry in entries.values():
-                entry["step"] = self._counter
+            for entry, own in zip(entries.values(), self._counts.unbind(), strict=True):
+                entry["step"] = own
+        self._version = self._counts._version
         slots: dict[str, dict[str, Tensor]] = {}
         for slot, column in start.slots.items():
             slots[slot] = {
@@ -286,25 +324,30 @@ class _Cohort:
         self._state = State(torch.tensor(count, device=device), start.hyperparams, slots)
         self._given: dict[str, Any] = {}
 
-    def step(self, grads: Sequence[Tensor]) -> None:
+    def was_recounted(self) -> bool:
+        """Whether somebody else wrote one of the counters, whose version they share."""
+        return self._counts._version != self._version
+
+    def step(self, optimizer: _Stepped, group: Group, grads: Sequence[Tensor]) -> None:
         """Update params and state in place."""
         step = self._count + 1
         for name, scalar in self._state.hyperparams.items():
-            value = self._optimizer._hyperparam(self._group, name, step)
+            value = optimizer._hyperparam(group, name, step)
             if isinstance(value, Tensor):
                 scalar.copy_(value.reshape(()))
                 self._given.pop(name, None)
             elif self._given.get(name) != value:
                 scalar.fill_(value)
                 self._given[name] = value
-        self._step(self._params, dict(zip(self._params, grads, strict=True)), self._state)
-        self._counter.add_(1)
-        self._count = step
+        self._step(self._flat, grads, self._state)
+        self._counts.add_(1)
+        self._count, self._version = step, self._counts._version
 
 
 def _eager(opt: Optimizer) -> Step:
-    def step(params: dict[str, Tensor], grads: dict[str, Tensor], state: State) -> None:
-        new, new_state = opt.step(params, grads, state)
+    def step(flat: Flat, grads: Sequence[Tensor], state: State) -> None:
+        params = flat.rebuild(flat.leaves)
+        new, new_state = opt.step(params, flat.rebuild(grads), state)
         pairs = [(params, new), *((c, new_state.slots[slot]) for slot, c in state.slots.items())]
         for old, values in pairs:
             torch._foreach_copy_(
@@ -316,35 +359,52 @@ def _eager(opt: Optimizer) -> Step:
     return step
 
 
-def _compiled(opt: Optimizer, may_fail: bool) -> Step:
-    if not may_fail:
-        return compile(opt).step
-    try:
-        step: Step = compile(opt).step
-    except RuntimeError as error:  # Dynamo does not know this Python, or this platform
-        _warn_of(error)
-        return _eager(opt)
-    eager: Step | None = None
+def _compiled(
+    opt: Optimizer, graphs: dict[Any, Any], failures: list[Exception] | None
+) -> Callable[[], Step]:
+    """Makes compiled steps that share ``graphs``, each with a plan of its own.
 
-    def attempt(params: Tree, grads: Tree, state: State) -> object:
-        nonlocal eager
-        if eager is None:
+    With a list for ``failures`` they go on eager where compiling fails.
+    """
+    try:
+        compiled = compile(opt)
+    except RuntimeError as error:  # Dynamo does not know this Python, or this platform
+        if failures is None:
+            raise
+        _note(error, failures)
+        return partial(_eager, opt)
+    compiled.graphs = graphs
+
+    def make() -> Step:
+        step = copy.copy(compiled).step_flat
+        return step if failures is None else _or_eager(opt, step, failures)
+
+    return make
+
+
+def _or_eager(opt: Optimizer, step: Step, failures: list[Exception]) -> Step:
+    eager = _eager(opt)
+
+    def attempt(flat: Flat, grads: Sequence[Tensor], state: State) -> None:
+        if not failures:
             try:
-                return step(params, grads, state)
+                step(flat, grads, state)
             except torch._dynamo.exc.TorchDynamoException as error:
-                eager = _eager(opt)
-                _warn_of(error)
-        return eager(params, grads, state)
+                _note(error, failures)
+            else:
+                return
+        eager(flat, grads, state)
 
     return attempt
 
 
-def _warn_of(error: Exception) -> None:
+def _note(error: Exception, failures: list[Exception]) -> None:
     reason = " ".join(str(error).split("\n")[:2]).strip()
     warnings.warn(
         f"steps are not compiled, as torch.compile fails here ({reason}); compile=False says so",
         stacklevel=3,
     )
+    failures.append(RuntimeError(reason))  # without what a traceback holds
 
 
 def _names(group: Group) -> dict[Tensor, str]:
@@ -411,9 +471,10 @@ def _require_steppable(group: Group) -> None:
 
 def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     grads = [p.grad for p in params]
-    if any(g is None for g in grads):
+    with_gradients = [g for g in grads if g is not None]
+    if len(with_gradients) < len(params):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
-    return params, [g for g in grads if g is not None]
+    return params, with_gradients
 
 
 def _require_dense(name: str, grads: Sequence[Tensor]) -> None:
@@ -501,9 +562,9 @@ class Ranger(_Stepped, torch.optim.RAdam):
         alpha: float = 0.5,
         **kwargs: Any,
     ) -> None:
-        own = check(k=k, alpha=alpha)
+        self._own = check(k=k, alpha=alpha)
         kwargs["decoupled_weight_decay"] = True
-        super().__init__(params, lr, betas, eps, weight_decay, own=own, **kwargs)
+        super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
 
     def _functional(self, group: Group, gc: GC | None) -> Optimizer:
         return ranger(gc=gc)
@@ -532,6 +593,7 @@ class Lookahead(_Stepped):
         self._compile = optimizer._compile
         self._own = optimizer._own | own
         self._forget()
+        optimizer._forget()
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults | own)
         self.state = optimizer.state
 
@@ -547,6 +609,11 @@ class Lookahead(_Stepped):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_inner": self._inner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What was loaded is the inner optimizer's too, and its class may have to complete it.
+        self._inner.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
 
 class _AdamWOfTheReference(AdamW):

@@ -69,6 +69,7 @@ def random_like(params: Params, seed: int) -> Params:
 
 
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Over all tensors, in float64."""
+    """Over all tensors, in float64; NaN if there is one."""
     assert a.keys() == b.keys()
-    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a if a[n].numel())
+    each = [(a[n].double() - b[n].double()).abs().max() for n in a if a[n].numel()]
+    return float(torch.stack(each).max())

@@ -91,7 +91,7 @@ def values(opt: Optimizer) -> list[Tensor]:
 def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     assert len(a) == len(b)
     pairs = [(x.detach().double(), y.detach().double()) for x, y in zip(a, b, strict=True)]
-    return max(float((x - y).abs().max()) for x, y in pairs)
+    return float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())
 
 
 def require_same_state(a: Mapping[str, Any], b: Mapping[str, Any], within: float = EXACT) -> None:

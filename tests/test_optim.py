@@ -1,5 +1,8 @@
 """The drop-ins of gcfunc.optim: the reference's results by its own names, torch's without GC."""
 
+import copy
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +15,7 @@ from torch.optim import Optimizer
 
 import gcfunc
 from gcfunc import GC, optim
+from gcfunc._plan import Plan
 from tests import test_golden as golden
 from tests.cases import Params, largest_difference, random_like
 from tests.optimizers import (
@@ -146,6 +150,19 @@ def gradients_come_and_go(new: New, params: Params) -> Optimizer:
     for seed in range(6):
         train(opt, params, [seed], only=names[seed % 3 :: 2])
     return train(opt, params, range(6, 8))
+
+
+def counters_reset(new: New, params: Params) -> Optimizer:
+    """In place: of one parameter, then of all."""
+    opt = train(new([{"params": [*params.values()]}]), params, range(3))
+    first = next(iter(params.values()))
+    for some in ([first], [*params.values()]):
+        for p in some:
+            for value in opt.state[p].values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        train(opt, params, range(3, 6))
+    return opt
 
 
 def no_gradient_at_all(new: New, params: Params) -> Optimizer:
@@ -308,6 +325,7 @@ SCENARIOS: list[Scenario] = [
     some_without_gradient,
     first_gradients_later,
     gradients_come_and_go,
+    counters_reset,
     no_gradient_at_all,
     frozen,
     zeros_for_gradients,
@@ -545,36 +563,36 @@ def test_gradients_are_never_written(kind: str) -> None:
 
 
 class Calls:
-    """Stands in for gcfunc.compile: counts, and does not compile."""
+    """Stands in for gcfunc.compile: counts, over all copies, and does not compile."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.made = self.called = 0
+        self.made: list[gcfunc.Optimizer] = []
+        self.called: list[int] = []
         self._error = error
 
     def __call__(self, opt: gcfunc.Optimizer) -> "Calls":
-        self.made += 1
+        self.made.append(opt)
         self._eager = optim._eager(opt)
         return self
 
-    def step(self, params: Any, grads: Any, state: Any) -> None:
-        self.called += 1
+    def step_flat(self, flat: Any, grads: Any, state: Any) -> None:
+        self.called.append(len(grads))
         if self._error:
             raise self._error
-        self._eager(params, grads, state)
+        self._eager(flat, grads, state)
 
 
 @pytest.mark.parametrize(
     ("asked", "least", "compiled"),
     [
-        (None, 42, [True, False]),
-        (None, 43, [False, False]),
-        (None, 5, [True, True]),
+        (None, 47, [True, True]),
+        (None, 48, [False, False]),
         (None, 1_000_000, [False, False]),
         (True, 1_000_000, [True, True]),
         (False, 1, [False, False]),
     ],
 )
-def test_large_groups_are_compiled_by_default(
+def test_large_models_are_compiled_by_default(
     asked: bool | None, least: int, compiled: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert optim.COMPILE_FROM == 1_000_000
@@ -586,8 +604,8 @@ def test_large_groups_are_compiled_by_default(
         p.requires_grad_()
     groups = [{"params": [p]} for p in params.values()]
     train(optim.SGD(groups, lr=0.1, compile=asked), params, range(3))
-    assert calls.made == sum(compiled)
-    assert calls.called == 3 * sum(compiled)
+    assert len(calls.made) == sum(compiled)
+    assert len(calls.called) == 3 * sum(compiled)
 
 
 Failure = torch._dynamo.exc.BackendCompilerFailed
@@ -603,7 +621,7 @@ def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"not compiled.*no compiler.*compile=False says so"):
         opt.step()
     train(opt, params, range(1, 3))
-    assert calls.called == 1
+    assert len(calls.called) == 1
     train(optim.Adam(same.values(), gc="gc", compile=False), same, range(3))
     assert difference(values(opt), [*same.values()]) == 0
 
@@ -647,6 +665,65 @@ def test_compile_true_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(Failure, match="no compiler"):
         train(opt, params, range(1))
     assert difference(values(opt), before) == 0
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RAdam", "AdamW_GC2"])
+def test_signature_is_that_of_torch_and_two_arguments_more(name: str) -> None:
+    ours = inspect.signature(getattr(optim, name)).parameters
+    theirs = inspect.signature(getattr(torch.optim, name.partition("_")[0])).parameters
+    assert {*ours} - {"gc", "compile", "kwargs"} <= {*theirs}
+    assert [*ours][:3] == [*theirs][:3]
+    assert ours["gc"].default == (GC("gc", at="update") if "_" in name else None)
+    assert ours["compile"].default is None
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_groups_that_are_alike_share_a_graph_and_loading_keeps_it() -> None:
+    params = [torch.ones(4, 3).cumsum(0).requires_grad_() for _ in range(3)]
+    opt = optim.AdamW([{"params": [p], "lr": 0.1} for p in params], compile=True, gc="gc")
+    for p in params:
+        p.grad = torch.randn(4, 3)
+    opt.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_failing_compiler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(Failure(lambda: None, RuntimeError("no compiler"), None))
+    monkeypatch.setattr(optim, "compile", calls)
+    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    params = leaves()
+    opt = optim.Adam([{"params": [p]} for p in params.values()], gc="gc")
+    with pytest.warns(UserWarning, match="no compiler") as warned:
+        train(opt, params, range(3))
+    assert len(warned) == len(calls.called) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_parameters_of_several_ages_do_not_plan_anew_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = []
+
+    class Counted(Plan):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            plans.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["gcfunc.compile"], "Plan", Counted)
+    params = leaves()
+    late = next(iter(params.values()))
+    opt = optim.AdamW(params.values(), compile=True, gc="gc")
+    for seed in range(5):
+        set_grads(params, seed)
+        if seed == 0:
+            late.grad = None
+        opt.step()
+        if seed == 1:
+            made = len(plans)
+    assert len(plans) == made >= 2
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW_GC"])

@@ -277,6 +277,21 @@ def test_a_step_that_fails_changes_nothing(name: str, steps: int) -> None:
     require_same_state(results[0].state_dict(), results[1].state_dict(), within=0)
 
 
+def test_a_step_that_fails_changes_nothing_of_one_group() -> None:
+    """Its parameters have taken several numbers of steps, and go one number after the other."""
+    params = leaves()
+    last = params["linear.weight"]
+    opt = optim.Adam(params.values(), lr=0.1, gc="gc")
+    train(opt, {name: p for name, p in params.items() if p is not last}, range(1))
+    train(opt, params, range(1, 3))
+    before = values(opt)
+    set_grads(params, 3)
+    last.grad = sparse(last)
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        opt.step()
+    assert difference(values(opt), before) == 0
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_a_group_with_unknown_gc_lets_none_step(name: str) -> None:
     params = leaves()

@@ -1,7 +1,9 @@
 """What the drop-ins save is what torch.optim saves; copies and loaded ones go on exactly."""
 
 import copy
+import gc as collector
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -322,3 +324,39 @@ def test_the_saved_dict_is_made_of_plain_types() -> None:
     plain = {dict, list, tuple, bool, int, float, torch.Tensor, type(None), OrderedDict}
     assert kinds(opt.state_dict()) <= plain
     assert opt.state_dict()["param_groups"][0]["k"] == 3
+
+
+def test_nothing_of_a_dropped_optimizer_stays() -> None:
+    """Without the cyclic collector, as of torch's own."""
+    collector.disable()
+    try:
+        for make in (optim.AdamW, torch.optim.AdamW):
+            params = leaves()
+            opt = train(make(params.values(), lr=0.1), params, range(2))
+            old = weakref.ref(next(iter(opt.state.values()))["exp_avg"])
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            train(opt, params, range(2, 3))
+            assert old() is None
+            new = weakref.ref(next(iter(opt.state.values()))["exp_avg"])
+            del opt, params
+            assert new() is None
+    finally:
+        collector.enable()
+
+
+def test_lookahead_loads_what_its_inner_class_completes() -> None:
+    """AdamW knows its decay to be decoupled, whatever was saved."""
+    results = []
+    for forget in (True, False):
+        params = leaves()
+        opt = optim.Lookahead(optim.AdamW(params.values(), lr=0.1, weight_decay=0.5, gc="gc"), k=3)
+        train(opt, params, range(2))
+        state = saved(opt)
+        if forget:
+            for group in state["param_groups"]:
+                del group["decoupled_weight_decay"]
+        opt.load_state_dict(state)
+        train(opt, params, range(2, 5))
+        assert opt._inner.state is opt.state
+        results.append(values(opt))
+    assert difference(*results) == 0
