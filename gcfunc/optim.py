@@ -86,10 +86,8 @@ class _Stepped(torch.optim.Optimizer):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # For help(), and for what makes optimizers from configurations: torch's arguments and ours.
-        own = next(
-            base for base in cls.__mro__ if "__init__" in vars(base) and base is not _Stepped
-        )
-        _, *given = inspect.signature(own.__init__).parameters.values()
+        own = next(c for c in cls.__mro__ if "__init__" in vars(c) and c is not _Stepped)
+        _, *given = inspect.signature(vars(own)["__init__"]).parameters.values()
         more = [p for p in given if p.kind is p.VAR_KEYWORD]
         if more or own.__module__ != __name__:
             named = [p for p in given if p not in more]
