@@ -1,7 +1,8 @@
 """Tensors of which each process holds a part: the DTensors of FSDP2 and tensor parallel.
 
-Stepping is elementwise but for the mean over a row, so it works on the local parts, and processes
-talk only where a dimension that a mean runs over is sharded.
+Stepping is elementwise but for the mean over a row, so it works on the local parts. Processes talk
+only where a dimension that a mean runs over is sharded, and to lay out a gradient as its parameter
+is.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ FSDP2, goes on. The functional steps and ``torch.optim`` see gradients that are 
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -61,7 +62,10 @@ def centralize_backward(
     Each parameter gets the kind of hook that is right for it: a tensor hook, out of place, or
     where FSDP2 manages it a post-accumulate hook that runs after the reduction. Sharded gradients
     stay sharded; processes communicate only where a dimension that a mean runs over is sharded, as
-    in row-wise tensor parallel.
+    in row-wise tensor parallel. DDP over tensor parallel is refused.
+
+    A weight with one input per unit, as the magnitude of ``weight_norm``, has a centralized
+    gradient of zero under ``"gc"``; ``where=gcfunc.select(model)`` leaves it out.
 
     Register after whatever replaces parameters: ``fully_shard``, ``parallelize_module``,
     ``to_empty``, ``load_state_dict(assign=True)``, ``model.to(dtype)`` of DTensors, ``deepcopy``,
@@ -83,8 +87,8 @@ def centralize_backward(
         A handle that removes the hooks, by itself at the end of a ``with`` block.
 
     Raises:
-        TypeError: ``model`` is no module, is sharded by FSDP1, or a selected parameter is of an
-            unsupported kind (complex, on meta, ...).
+        TypeError: ``model`` is no module, is sharded by FSDP1 or by DDP over tensor parallel, or a
+            selected parameter is of an unsupported kind (complex, on meta, ...).
         ValueError: ``where`` selects nothing, a parameter is centralized by another hook already,
             gradients will be sparse, or the model is only partly sharded by FSDP2.
         RuntimeError: ``torch._dynamo.config.trace_autograd_ops`` is set, with which compiled code
@@ -104,11 +108,7 @@ def centralize_backward(
     """
     if sparse not in get_args(Sparse):
         raise ValueError(f"sparse must be one of {get_args(Sparse)}, got {sparse!r}")
-    if getattr(torch._dynamo.config, "trace_autograd_ops", False):
-        raise RuntimeError(
-            "with torch._dynamo.config.trace_autograd_ops compiled code drops gradient hooks; "
-            "switch it off, or use the functional steps"
-        )
+    _require_that_hooks_run()
     selected = _select(model, where)
     managed = _managed_by_fsdp2(model, selected)
     if sparse == "error":
@@ -127,8 +127,7 @@ class CentralizeHandle:
         self._hooks: list[RemovableHandle] = []
         try:
             for name, param, unit in selected:
-                hook, handle = _register(name, param, unit, managed, sparse)
-                self._hooks.append(handle)
+                hook = _register(name, param, unit, sparse, self._hooks)
                 self._covered.append(_Covered(name, param, hook, in_python=param in managed))
         except BaseException:
             self.remove()
@@ -157,6 +156,7 @@ class CentralizeHandle:
         """
         if not self._hooks:
             raise RuntimeError("the hooks were removed")
+        _require_that_hooks_run()
         _reshard(model)
         present = {id(param): param for param in model.parameters()}
         lost = [c.name for c in self._covered if not c.is_on(present.get(c.param))]
@@ -200,7 +200,8 @@ def register_ddp(
     Args:
         ddp: The model. Its one communication hook must not be taken.
         inner: The hook that communicates: by default torch's ``allreduce_hook``, or
-            ``fp16_compress_hook``, ``bf16_compress_hook``, ``powerSGD_hook``, ...
+            ``fp16_compress_hook``, ``bf16_compress_hook``, ``powerSGD_hook``, ... One that also
+            steps an optimizer would step before centralization.
         state: What ``inner`` gets as its state: by default the process group of ``ddp``, which is
             what torch's own take, those of PowerSGD excepted.
         where: As in :func:`centralize_backward`.
@@ -264,6 +265,8 @@ def ddp_comm_hook(inner: CommHook | None = None, where: Literal["gc", "gcc"] = "
             f"gcfunc.hooks.register_ddp knows; got {where!r}"
         )
     require_rule(where)
+    if not dist.is_available():
+        raise RuntimeError("this torch was built without torch.distributed")
     return _comm_hook(inner or allreduce_hook, lambda param: by_rule(where, param))
 
 
@@ -311,6 +314,12 @@ def _select(model: nn.Module, where: Where) -> Selected:
         )
     _reshard(model)
     named = dict(model.named_parameters())
+    # Private, as nothing public tells what DDP made of a DTensor.
+    if cut := [name for name, p in named.items() if hasattr(p, "_st_info")]:
+        raise TypeError(
+            f"{', '.join(map(repr, cut))}: DDP over tensor parallel keeps each process's part of a "
+            "weight and nothing of its rows; use FSDP2 (fully_shard) over tensor parallel"
+        )
     for name, p in named.items():
         if nn.parameter.is_lazy(p):
             raise ValueError(f"model: {name!r} has no shape yet; run the model once")
@@ -330,7 +339,7 @@ def _select(model: nn.Module, where: Where) -> Selected:
     if twice := [name for name in chosen if id(named[name]) in taken]:
         raise ValueError(
             f"{', '.join(map(repr, twice))}: already centralized by hooks registered before; "
-            "remove() their handle first"
+            "remove() their handle first, or drop the DDP that register_ddp was called with"
         )
     return [(name, named[name], unit) for name, unit in chosen.items()]
 
@@ -353,9 +362,9 @@ def _managed_by_fsdp2(model: nn.Module, selected: Selected) -> set[Tensor]:
         raise ValueError(
             f"{', '.join(map(repr, outside))}: not in a module that fully_shard was applied to, "
             "while others are. Register after the last fully_shard, which would leave the hooks "
-            "behind; or leave these out by where, and register them module by module"
+            "behind; or, if they are to stay as they are, leave them out by where and give "
+            "centralize_backward their own module"
         )
-    # Parameters that fully_shard was told to ignore stay plain.
     return {p for p in within if is_dtensor(p)}
 
 
@@ -375,36 +384,57 @@ def _refuse_sparse(model: nn.Module, params: Iterable[Tensor | None], way_out: s
 
 
 def _register(
-    name: str, param: Tensor, unit: Unit, managed: set[Tensor], sparse: Sparse
-) -> tuple[Callable[..., Any], RemovableHandle]:
+    name: str, param: Tensor, unit: Unit, sparse: Sparse, handles: list[RemovableHandle]
+) -> Callable[..., Any]:
+    """Register what the parameter needs, add to ``handles``, and give the hook that counts."""
+    ordinary = _Ordinary()
+    before = _before_accumulation(name, unit, sparse, ordinary)
+    if param._backward_hooks is not None:
+        # After swapping tensors the C++ object knows nothing of the Python object's hooks, nor
+        # of those to come.
+        param._backward_hooks = param._backward_hooks
     frozen = not param.requires_grad
-    hook: Callable[..., Any]
-    register: Any
-    if param in managed:
-        hook, register = _after_reduction(unit), param.register_post_accumulate_grad_hook
-    else:
-        hook, register = _before_accumulation(name, unit, sparse), param.register_hook
-        if param._backward_hooks is not None:
-            # After swapping tensors the C++ object knows nothing of the Python object's hooks, nor
-            # of those to come.
-            param._backward_hooks = param._backward_hooks
-    # torch.save then does not warn of DTensors' hooks. Of those of others it says nothing anyway.
-    unserializable_hook(hook)  # type: ignore[no-untyped-call]
     try:
         # What is frozen takes no hooks, but keeps those that it has.
         param.requires_grad_(True)
-        return hook, register(hook)
+        handles.append(_hook(param.register_hook, before))
+        if is_dtensor(param):
+            # If FSDP2 manages it, which the module at hand need not tell, autograd never sees it.
+            after = _after_reduction(unit, ordinary)
+            handles.append(_hook(param.register_post_accumulate_grad_hook, after))
+            # Private: before hooks of others, such as an optimizer that steps during backward.
+            hooks: Any = param._post_accumulate_grad_hooks
+            hooks.move_to_end(handles[-1].id, last=False)
     finally:
         param.requires_grad_(not frozen)
+    return before
 
 
-def _before_accumulation(name: str, unit: Unit, sparse: Sparse) -> Callable[[Tensor], Tensor]:
+def _hook(register: Any, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+    # torch.save then does not warn of DTensors' hooks. Of those of others it says nothing anyway.
+    handle: RemovableHandle = register(unserializable_hook(hook))  # type: ignore[no-untyped-call]
+    return handle
+
+
+@dataclass
+class _Ordinary:
+    """Whether autograd itself was seen to handle a parameter's gradient."""
+
+    seen: bool = False
+
+
+def _before_accumulation(
+    name: str, unit: Unit, sparse: Sparse, ordinary: _Ordinary
+) -> Callable[[Tensor | None], Tensor | None]:
     """Out of place: the gradient may be a view of another's, of which autograd then is unaware.
 
     See https://github.com/pytorch/pytorch/issues/34082.
     """
 
-    def centralize(grad: Tensor) -> Tensor:
+    def centralize(grad: Tensor | None) -> Tensor | None:
+        ordinary.seen = True
+        if grad is None:  # from functions that give none for a parameter which they use
+            return None
         if grad.layout is torch.strided:
             return centralize_one(grad, unit)
         return grad if sparse == "skip" else _centralize_sparse(name, grad, unit, sparse)
@@ -433,19 +463,35 @@ def _centralize_sparse(name: str, grad: Tensor, unit: Unit, sparse: Sparse) -> T
     )
 
 
-def _after_reduction(unit: Unit) -> Callable[[Tensor], None]:
+def _after_reduction(unit: Unit, ordinary: _Ordinary) -> Callable[[Tensor], None]:
     """In place: the gradient is FSDP2's own buffer, which others would keep alive for nothing."""
 
     @torch.no_grad()
     def centralize(param: Tensor) -> None:
-        assert param.grad is not None  # just accumulated
-        param.grad.copy_(centralize_one(param.grad, unit))
+        grad = param.grad
+        if ordinary.seen or grad is None:
+            return
+        if grad.device.type == "cpu" and torch.accelerator.is_available():
+            # Offloaded, it may not have arrived: https://github.com/pytorch/pytorch/pull/180666.
+            torch.accelerator.current_stream().synchronize()
+        grad.copy_(centralize_one(grad, unit))
 
     return centralize
 
 
+def _require_that_hooks_run() -> None:
+    if getattr(torch._dynamo.config, "trace_autograd_ops", False):
+        raise RuntimeError(
+            "with torch._dynamo.config.trace_autograd_ops compiled code drops gradient hooks; "
+            "switch it off, or use the functional steps"
+        )
+
+
 def _require_state(inner: CommHook, state: object) -> None:
-    wanted = next(iter(inspect.signature(inner).parameters.values())).annotation
+    arguments = [*inspect.signature(inner).parameters.values()]
+    if len(arguments) < 2:
+        raise TypeError(f"inner must be a hook that takes (state, bucket), got {inner!r}")
+    wanted = arguments[0].annotation
     known = isinstance(wanted, type) and wanted is not inspect.Parameter.empty
     if known and not isinstance(state, wanted):
         raise TypeError(

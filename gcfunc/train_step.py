@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from gcfunc import _tree
 from gcfunc._foreach import Tensors, add, compute_dtype
 from gcfunc._optimizer import Optimizer
+from gcfunc._sharding import is_dtensor
 from gcfunc._tree import Tree
 from gcfunc._types import State
 
@@ -307,6 +308,11 @@ def _require_model(model: Any) -> None:
     for name, param in model.named_parameters():
         if nn.parameter.is_lazy(param):
             raise ValueError(f"model: {name!r} has no shape yet; run the model once")
+        if is_dtensor(param):
+            raise TypeError(
+                f"model: {name!r} is a DTensor, of which train_step cannot make a whole one; "
+                "loss.backward() and an optimizer's step take sharded parameters"
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter that requires grad")
     for name, module in model.named_modules():

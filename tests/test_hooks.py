@@ -1081,3 +1081,41 @@ def test_private_names_of_torch_that_hook_mode_reads() -> None:
     assert ddp._comm_hooks == []
     assert not ddp._delay_all_reduce_params
     assert ddp._use_python_reducer is False
+
+
+class NoneForWeight(torch.autograd.Function):
+    """Uses a weight, and gives no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def test_functions_that_give_no_gradient() -> None:
+    model = nn.Linear(3, 2)
+    centralize_backward(model)
+    x = torch.randn(4, 3, requires_grad=True)
+    NoneForWeight.apply(x, model.weight).sum().backward()
+    assert model.weight.grad is None
+    assert x.grad is not None
+
+
+def test_ddp_over_tensor_parallel_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    model.weight._st_info = "what DDP notes of a DTensor"  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"'weight': DDP over tensor parallel.*use FSDP2"):
+        centralize_backward(model)
+
+
+def test_trace_autograd_ops_set_later_is_noticed() -> None:
+    model = nn.Linear(3, 2)
+    with (
+        centralize_backward(model) as handle,
+        torch._dynamo.config.patch(trace_autograd_ops=True),
+        pytest.raises(RuntimeError, match="drops gradient hooks"),
+    ):
+        handle.check(model)

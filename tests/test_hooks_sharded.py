@@ -1,6 +1,7 @@
 """Hook mode under FSDP2 and tensor parallel equals one process on the whole batch, by value."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -308,17 +309,20 @@ def of_a_sharded_batch() -> None:
             setattr(module, name, nn.Parameter(replica))
     placements = []
     model.up.weight.register_hook(lambda g: placements.extend(g.placements))
-    centralize_backward(model)
     x = distribute_tensor(block_input(), mesh, [Shard(0)])
-    with CommDebugMode() as communication:
-        model(x).square().mean().backward()
+    counts = []
+    for hooked in (False, True):
+        if hooked:
+            centralize_backward(model)
+        model.zero_grad()
+        loss = model(x).square().mean()
+        with CommDebugMode() as communication:
+            loss.backward()
+        counts.append(communication.get_total_counts())
+    assert counts[0] == counts[1]
+    assert len(placements) == 2
     assert all(placement.is_partial() for placement in placements)
-    assert len(placements) == 1
-    counts = communication.get_total_counts()
-    centralized = gcfunc.centralize(block_gradients(8, block_input()))
-    require_same(gradients(model), centralized)
-    plain = block(8)
-    assert counts <= len([*plain.parameters()]) + 1  # what autograd adds up, and the loss
+    require_same(gradients(model), gcfunc.centralize(block_gradients(8, block_input())))
 
 
 def test_gradients_that_are_yet_to_be_added_up(two: Processes) -> None:
@@ -354,3 +358,66 @@ def second_derivatives() -> None:
 
 def test_double_backward_over_processes(two: Processes) -> None:
     two(second_derivatives)
+
+
+def count_under_fsdp2(wrap: Wrap) -> tuple[int, int]:
+    """How often processes talk in the backward pass, without and with hooks."""
+    model = make(Net)
+    wrap(model)
+    counts = []
+    for hooked in (False, True):
+        if hooked:
+            centralize_backward(model)
+        model.zero_grad()
+        images, labels = mine(data())[0]
+        loss = nn.functional.cross_entropy(model(images), labels)
+        with CommDebugMode() as communication:
+            loss.backward()
+        counts.append(communication.get_total_counts())
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize(("wrap", "more"), [(by_layer, 0), (at_the_root, 0), (by_column, 3)])
+def test_fsdp2_talks_no_more_than_weights_cut_along_their_rows_need(
+    two: Processes, wrap: Wrap, more: int
+) -> None:
+    for without, with_hooks in two(count_under_fsdp2, wrap):
+        assert with_hooks == without + more
+
+
+def piece_by_piece() -> None:
+    """The module at hand need not be the one that was sharded."""
+    model = make(Net)
+    fully_shard(model, mesh=world())
+    for module in (model.conv, model.conv2, model.fc, model.out):
+        handle = centralize_backward(module)
+    backward(model, *mine(data())[0])
+    handle.check(model)
+    have, want = gradients(model), expected(Net)
+    require_same({**have, "positions": want["positions"]}, want)
+
+
+def test_fsdp2_module_by_module(two: Processes) -> None:
+    two(piece_by_piece)
+
+
+def first_of_all() -> None:
+    """An optimizer that steps during backward sees centralized gradients, whoever came first."""
+    model = make(Net)
+    fully_shard(model, mesh=world())
+    seen: dict[str, Tensor] = {}
+
+    def step(name: str, p: nn.Parameter) -> None:
+        assert isinstance(p.grad, DTensor)
+        seen[name] = p.grad.full_tensor()
+        p.grad = None
+
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(partial(step, name))
+    centralize_backward(model)
+    backward(model, *mine(data())[0])
+    require_same(seen, expected(Net))
+
+
+def test_fsdp2_with_an_optimizer_in_backward(two: Processes) -> None:
+    two(first_of_all)

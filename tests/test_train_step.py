@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -1126,3 +1128,17 @@ def test_donated_steps_check_hyperparameters_every_time() -> None:
     train = train._replace(state=train.state._replace(hyperparams=wrong))
     with pytest.raises(TypeError, match="'lr' must be a 0-d tensor"):
         donated(train, torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_dtensors_are_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Linear(4, 6)
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(TypeError, match="'weight' is a DTensor"):
+            gcfunc.train_step(model, F.mse_loss, gcfunc.sgd(0.1))
+    finally:
+        torch.distributed.destroy_process_group()
