@@ -3,7 +3,7 @@
 Row means alone would be zero after centralizing the wrong thing too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,19 +34,6 @@ from tests.distributed import (
     require_same,
 )
 from tests.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    with Processes(2) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    with Processes(4) as processes:
-        yield processes
-
 
 Register = Callable[[DistributedDataParallel], Any]
 REGISTER: dict[str, Register] = {"tensor hooks": centralize_backward, "comm hook": register_ddp}

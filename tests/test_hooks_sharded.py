@@ -1,6 +1,6 @@
 """Hook mode under FSDP2 and tensor parallel equals one process on the whole batch, by value."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,18 +38,6 @@ from tests.distributed import (
     require_same,
 )
 from tests.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    with Processes(2) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    with Processes(4) as processes:
-        yield processes
 
 
 def world() -> DeviceMesh:
@@ -421,3 +409,39 @@ def first_of_all() -> None:
 
 def test_fsdp2_with_an_optimizer_in_backward(two: Processes) -> None:
     two(first_of_all)
+
+
+class Positions(nn.Module):
+    """A table is added to a batch of one: autograd hands on one gradient to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.table = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if isinstance(self.table, DTensor):
+            hidden = DTensor.from_local(hidden, self.table.device_mesh, [Replicate()])
+        total = hidden + self.table[None]
+        return total.to_local() if isinstance(total, DTensor) else total
+
+
+def ignored_dtensor() -> None:
+    """Autograd's own in a model of FSDP2's: in place, its hook would write another's gradient."""
+    torch.manual_seed(0)
+    plain, model = Positions().double(), Positions().double()
+    model.load_state_dict(plain.state_dict())
+    table = distribute_tensor(model.table.detach(), world(), [Replicate()])
+    model.table = nn.Parameter(table)
+    fully_shard(model, mesh=world(), ignored_params={model.table})
+    handle = centralize_backward(model)
+    x = torch.randn(1, 5, 4, dtype=torch.float64)
+    for each in (plain, model):
+        each(x).square().sum().backward()
+    require_same(gradients(model), gcfunc.centralize(gradients(plain)))
+    handle.check(model)
+
+
+def test_fsdp2_leaves_an_ignored_dtensor_to_autograd(two: Processes) -> None:
+    two(ignored_dtensor)

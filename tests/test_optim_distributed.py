@@ -3,7 +3,7 @@
 And torch.distributed.checkpoint saves them and has them go on, in other processes too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,6 @@ KINDS: dict[str, Kind] = {
     "adagrad": ("Adagrad", {"lr": 0.1}),
     "ranger": ("Ranger", {"lr": 0.1, "weight_decay": 0.1, "k": 3}),
 }
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    with Processes(2) as processes:
-        yield processes
 
 
 def chosen(name: str, p: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Functional steps on DTensors equal steps on whole tensors, with the state sharded likewise."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -23,18 +23,6 @@ import gcfunc
 from tests.cases import ALGORITHMS, Params, largest_difference, make_params, random_like
 from tests.distributed import Net, backward, data, make, mine
 from tests.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    with Processes(2) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    with Processes(4) as processes:
-        yield processes
 
 
 def by_rows(name: str, p: Tensor) -> list[Placement]:
