@@ -471,7 +471,7 @@ def _after_reduction(unit: Unit, ordinary: _Ordinary) -> Callable[[Tensor], None
         grad = param.grad
         if ordinary.seen or grad is None:
             return
-        if grad.device.type == "cpu" and torch.accelerator.is_available():
+        if is_dtensor(param) and param.device_mesh.device_type != grad.device.type:
             # Offloaded, it may not have arrived: https://github.com/pytorch/pytorch/pull/180666.
             torch.accelerator.current_stream().synchronize()
         grad.copy_(centralize_one(grad, unit))

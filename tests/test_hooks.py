@@ -1104,13 +1104,6 @@ def test_functions_that_give_no_gradient() -> None:
     assert x.grad is not None
 
 
-def test_ddp_over_tensor_parallel_is_refused() -> None:
-    model = nn.Linear(3, 2)
-    model.weight._st_info = "what DDP notes of a DTensor"  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match=r"'weight': DDP over tensor parallel.*use FSDP2"):
-        centralize_backward(model)
-
-
 def test_trace_autograd_ops_set_later_is_noticed() -> None:
     model = nn.Linear(3, 2)
     with (

@@ -21,9 +21,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import gcfunc
-from gcfunc.hooks import centralize_backward
+from gcfunc.hooks import centralize_backward, register_ddp
 from tests.cases import largest_difference
 from tests.distributed import (
     CheckpointedOtherwise,
@@ -445,3 +446,19 @@ def ignored_dtensor() -> None:
 
 def test_fsdp2_leaves_an_ignored_dtensor_to_autograd(two: Processes) -> None:
     two(ignored_dtensor)
+
+
+def ddp_over_tensor_parallel() -> None:
+    """Of what DDP makes of DTensors, the mark that it leaves is private to torch."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    model = block(8)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    ddp = DistributedDataParallel(model, device_mesh=mesh["data"])
+    for register in (centralize_backward, register_ddp):
+        with pytest.raises(TypeError, match=r"down.weight.*DDP over tensor parallel"):
+            register(ddp)
+
+
+def test_ddp_over_tensor_parallel_is_refused(two: Processes) -> None:
+    two(ddp_over_tensor_parallel)
