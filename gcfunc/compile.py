@@ -23,6 +23,8 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     # the 0-d scalars they are made of count as reads.
     "realize_reads_threshold": 64,
     "realize_opcount_threshold": 256,
+    # Likewise after many reads: Lookahead would write its fast weights, AdamW a part of its update.
+    "realize_acc_reads_threshold": 64,
     # A product and a sum rounded once, as in torch's own kernels: fewer instructions.
     "cpp.enable_floating_point_contract_flag": "fast",
     # The plan and Dynamo's guards have just checked the same sizes and strides.
