@@ -9,43 +9,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
 import torch
 
-from benchmarks import measure, peers
-from benchmarks.shapes import MODELS, gpt2
+from benchmarks import measure, peers, processes
+from benchmarks.shapes import MODELS, Shapes, gpt2
 
 SIZES = MODELS | {"gpt2_48_blocks": lambda: gpt2(48)}
 FORMS = ("packed", "unpacked", "pure")
 
 
-def first_step(model: str, algorithm: str, form: str) -> dict[str, float]:
+def first_step(shapes: Shapes, algorithm: str, form: str, device: str = "cpu") -> dict[str, float]:
     """Seconds of a trivial compilation, and of the first step less one more."""
-    trivial = measure.seconds(lambda: torch.compile(lambda x: x + 1)(torch.ones(3)))
-    params = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
-    grads = {name: torch.zeros(shape) for name, shape in SIZES[model]().items()}
+    seconds = trivial(device)
+    params, grads = (
+        {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
     step = peers.ours(
         algorithm, params, grads, gc="gc", packed=form == "packed", donate=form != "pure"
     ).step
-    first, second = measure.seconds(step), measure.seconds(step)
-    return {"trivial": trivial, "first_step": first - second}
+    first, second = measure.seconds(step, device), measure.seconds(step, device)
+    return {"trivial": seconds, "first_step": first - second}
+
+
+def trivial(device: str = "cpu") -> float:
+    """Seconds to compile next to nothing."""
+    x = torch.ones(3, device=device)
+    return measure.seconds(lambda: torch.compile(lambda x: x + 1)(x), device)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     parser.add_argument("--forms", nargs="+", default=["packed", "unpacked"], choices=FORMS)
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ALGORITHM", "FORM"))
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(first_step(*args.one)))
+        model, algorithm, form = args.one
+        print(json.dumps(first_step(SIZES[model](), algorithm, form)))
         return
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
@@ -55,15 +61,8 @@ def main() -> None:
                 found = {}
                 with tempfile.TemporaryDirectory() as cache:
                     for start in ("cold", "warm"):
-                        own = [sys.executable, "-m", "benchmarks.compile_time", "--one"]
-                        printed = subprocess.run(
-                            [*own, model, algorithm, form],
-                            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
-                            check=True,
-                            stdout=subprocess.PIPE,
-                            text=True,
-                        )
-                        found[start] = json.loads(printed.stdout.splitlines()[-1])
+                        own = ("benchmarks.compile_time", "--one", model, algorithm, form)
+                        (found[start],) = processes.run(*own, cache=cache)
                 row = {"model": model, "algorithm": algorithm, "form": form} | found
                 rows.append(row)
                 cold, warm = found["cold"], found["warm"]

@@ -11,30 +11,22 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import os
-import socket
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import measure
+from benchmarks import measure, processes
 from benchmarks.train_step import Step, Task, cnn, loss_fn, transformer
 from gcfunc.hooks import centralize_backward, register_ddp
 
 TIMEOUT = 600.0
-"""Seconds for all that two processes do with one model."""
+"""Seconds for all that several processes do with one model."""
 
 Row = dict[str, Any]
 
@@ -148,10 +140,10 @@ CANDIDATES: dict[str, Callable[[Setting], Way]] = {
 }
 
 
-def prepare(model: str, mode: str, *, ddp: bool) -> Setting:
+def prepare(model: str, mode: str, *, ddp: bool, device: str = "cpu") -> Setting:
     """A model with its batch, the same in every process and for every candidate."""
     torch.manual_seed(0)
-    task = MODELS[model].task()
+    task = MODELS[model].task().to(device)
 
     def wrap(bare: nn.Module) -> Any:
         forward: Any = torch.compile(bare) if mode == "compiled" else bare
@@ -162,12 +154,13 @@ def prepare(model: str, mode: str, *, ddp: bool) -> Setting:
 
 def rows(model: str, mode: str, candidates: list[str], budget: float | None) -> Iterator[Row]:
     """Measure, in this process or together with the others of its group."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    agree = bool if size == 1 else all_agree
-    setting = prepare(model, mode, ddp=size > 1)
+    ddp = dist.is_initialized()
+    size = dist.get_world_size() if ddp else 1
+    agree = all_agree if ddp else bool
+    setting = prepare(model, mode, ddp=ddp)
     baseline = unhooked(setting)
     for candidate in candidates:
-        if candidate == "register_ddp" and size == 1:
+        if candidate == "register_ddp" and not ddp:
             continue
         way = CANDIDATES[candidate](setting)
         timer = partial(turn, steps=MODELS[model].steps, agree=agree)
@@ -197,45 +190,18 @@ def all_agree(go_on: bool) -> bool:
     return bool(answer)
 
 
-def together(model: str, mode: str, candidates: list[str], budget: float | None) -> list[Row]:
-    """:func:`rows` in two processes of one thread each, as the first measures them."""
-    with tempfile.TemporaryDirectory() as folder, workers(folder, model, mode, candidates, budget):
-        return [json.loads(line) for line in (Path(folder) / "rows").read_text().splitlines()]
+def together(
+    model: str, mode: str, candidates: list[str], budget: float | None, *, size: int = 2
+) -> list[Row]:
+    """:func:`rows` in DDP's processes of one thread each, as the first measures them."""
+    found: list[Row]
+    found, *_ = processes.together(size, TIMEOUT, all_rows, model, mode, candidates, budget)
+    return found
 
 
-@contextmanager
-def workers(folder: str, *args: Any) -> Iterator[None]:
-    """Two processes that are done when the block begins, and gone when anything goes wrong."""
-    context: Any = spawn(worker, (folder, *args), nprocs=2, join=False)  # type: ignore[no-untyped-call]
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{args}: two processes took more than {TIMEOUT:.0f} s")
-        yield
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-
-
-def worker(rank: int, folder: str, *args: Any) -> None:
-    """One of them, over gloo on the loopback interface."""
-    # lo on Linux, lo0 on macOS.
-    interfaces = [name for _, name in socket.if_nameindex()]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if "lo" in interfaces else "lo0"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
-    found = [*rows(*args)]
-    if rank == 0:
-        (Path(folder) / "rows").write_text("".join(json.dumps(row) + "\n" for row in found))
-    dist.destroy_process_group()
+def all_rows(*args: Any) -> list[Row]:
+    """:func:`rows`."""
+    return [*rows(*args)]
 
 
 def main() -> None:
@@ -244,7 +210,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     modes = ["eager", "compiled"]
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     asked = [candidate for candidate in CANDIDATES if candidate != "unhooked"]
     parser.add_argument("--candidates", nargs="+", default=asked, choices=CANDIDATES)
     parser.add_argument("--seconds", type=float, help="for each figure")
@@ -252,7 +218,7 @@ def main() -> None:
     found: list[Row] = []
     lines: list[list[object]] = []
     for model, size, mode in itertools.product(args.models, args.processes, args.modes):
-        measured = rows if size == 1 else together
+        measured = rows if size == 1 else partial(together, size=size)
         by: dict[str, Row] = {}
         for row in measured(model, mode, args.candidates, args.seconds):
             by[row["candidate"]] = row

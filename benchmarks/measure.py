@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -39,19 +40,45 @@ class Ratio(NamedTuple):
     baseline: float
 
 
+def device() -> str:
+    """Where to measure unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def clock(device: str) -> Callable[[], float]:
+    """What tells the time in seconds, on an accelerator once all that was launched is done."""
+    return time.perf_counter if device == "cpu" else EventClock(device)
+
+
+class EventClock:
+    """Time by events of the device itself."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._last = self._event()
+
+    def __call__(self) -> float:
+        """Seconds since the clock was made."""
+        event = self._event()
+        self._seconds += self._last.elapsed_time(event) / 1e3
+        self._last = event
+        return self._seconds
+
+    def _event(self) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        event.synchronize()
+        return event
+
+
 def seconds(call: Callable[[], object], device: str = "cpu") -> float:
     """How long one call takes."""
-    synchronize(device)
-    start = time.perf_counter()
+    now = clock(device)
+    start = now()
     call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    """Wait for what was launched."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
+    return now() - start
 
 
 def against(
@@ -77,9 +104,15 @@ def against(
             pairs.append((timer(call, device), timer(baseline, device)))
         else:
             pairs.append((timer(baseline, device), timer(call, device))[::-1])
-    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-    low, _, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-    return Ratio(ours / theirs, low, high, ours, theirs)
+    return ratio(*zip(*pairs, strict=True))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Of the times of two calls that took turns."""
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    call, baseline = statistics.median(ours), statistics.median(theirs)
+    return Ratio(call / baseline, low, high, call, baseline)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

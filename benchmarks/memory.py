@@ -11,24 +11,26 @@ import argparse
 import ctypes
 import json
 import re
-import subprocess
-import sys
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, peers
-from benchmarks.shapes import MODELS
-from benchmarks.speed import CANDIDATES, tensors
+import torch
+
+from benchmarks import measure, peers, processes
+from benchmarks.bandwidth import held
+from benchmarks.shapes import MODELS, tensors
+from benchmarks.speed import CANDIDATES
 
 HOW = {"torch fused, no GC": None} | {
     name: CANDIDATES[name] for name in ("gcfunc packed", "gcfunc", "reference loop")
 }
-SLOTS = {"sgd": 1, "adamw": 2, "adagrad": 1}
 
 
-def status(field: str) -> int:
-    """A field of this process's memory status, in bytes."""
-    text = Path("/proc/self/status").read_text()
+def status(field: str, of: str = "self/status") -> int:
+    """A field of this process's memory status, or of another file in /proc, in bytes."""
+    text = (Path("/proc") / of).read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", text)
     assert found
     return 1024 * int(found[1])
@@ -36,8 +38,8 @@ def status(field: str) -> int:
 
 def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float]:
     """Bytes that a step must hold, and what it takes beyond all that lives between steps."""
-    params, grads = tensors(model, "cpu")
-    held = (2 + SLOTS[algorithm]) * sum(p.nbytes for p in params.values())
+    shapes = MODELS[model]()
+    params, grads = tensors(shapes)
     make = HOW[candidate]
     if make is None:
         peer = peers.torch_optim(algorithm, params, grads, fused=True, loop=False)
@@ -46,22 +48,32 @@ def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float
     del params, grads
     for _ in range(3):
         peer.step()
-    libc = ctypes.CDLL(None)
-    extra = []
-    for _ in range(5):
-        libc.malloc_trim(0)  # or the temporaries of the steps before would count as held
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = status("VmRSS")
-        peer.step()
-        extra.append(status("VmHWM") - before)
-    return {"held": held, "extra": sorted(extra)[2]}
+    return {
+        "held": held(algorithm, shapes),
+        "extra": statistics.median(beyond(peer.step) for _ in range(5)),
+    }
+
+
+def beyond(step: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that a step takes at its peak beyond what is held before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    # Or the temporaries of the steps before would count as held.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet50", "gpt2"], choices=MODELS)
-    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ALGORITHM", "CANDIDATE"))
     args = parser.parse_args()
     if args.one:
@@ -73,14 +85,8 @@ def main() -> None:
         for algorithm in args.algorithms:
             peaks = {}
             for candidate in HOW:
-                own = [sys.executable, "-m", "benchmarks.memory", "--one"]
-                printed = subprocess.run(
-                    [*own, model, algorithm, candidate],
-                    check=True,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-                found = json.loads(printed.stdout.splitlines()[-1])
+                own = ("benchmarks.memory", "--one", model, algorithm, candidate)
+                (found,) = processes.run(*own)
                 peaks[candidate] = found["held"] + found["extra"]
                 ratio = peaks[candidate] / peaks["torch fused, no GC"]
                 rows.append(
@@ -88,8 +94,8 @@ def main() -> None:
                     | found
                     | {"ratio": ratio}
                 )
-                held, extra = f"{found['held'] / 1e6:.0f} MB", f"{found['extra'] / 1e6:.1f} MB"
-                lines.append([model, algorithm, candidate, held, extra, f"{ratio:.3f}"])
+                sizes = f"{found['held'] / 1e6:.0f} MB", f"{found['extra'] / 1e6:.1f} MB"
+                lines.append([model, algorithm, candidate, *sizes, f"{ratio:.3f}"])
                 print(*lines[-1], flush=True)
     head = ["model", "algorithm", "step", "held", "beyond it", "peak, to torch fused"]
     measure.report("memory", measure.table(head, lines), rows)

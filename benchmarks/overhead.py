@@ -26,7 +26,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensors", type=int, default=161)
-    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     args = parser.parse_args()
     params = {f"layer{i}.weight": torch.ones(1, 1) for i in range(args.tensors)}
     grads = {name: torch.ones(1, 1) for name in params}

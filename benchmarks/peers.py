@@ -24,26 +24,51 @@ class Peer(NamedTuple):
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 
+COMPARED = ("sgd", "adamw", "adagrad")
+"""The algorithms that everyone has."""
+
 OURS: dict[str, Callable[[GC | str | None], Optimizer]] = {
     "sgd": lambda gc: gcfunc.sgd(LR, MOMENTUM, weight_decay=DECAY, gc=gc),
+    "sgdw": lambda gc: gcfunc.sgdw(LR, MOMENTUM, weight_decay=DECAY, gc=gc),
+    "adam": lambda gc: gcfunc.adam(LR, gc=gc),
     "adamw": lambda gc: gcfunc.adamw(LR, gc=gc),
     "adagrad": lambda gc: gcfunc.adagrad(LR, gc=gc),
+    "radam": lambda gc: gcfunc.radam(LR, gc=gc),
+    "lookahead": lambda gc: gcfunc.lookahead(OURS["sgd"](gc)),
+    "ranger": lambda gc: gcfunc.ranger(LR, gc=gc),
 }
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda ps, **kw: torch.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
+    "adam": lambda ps, **kw: torch.optim.Adam(ps, LR, **kw),
     "adamw": lambda ps, **kw: torch.optim.AdamW(ps, LR, **kw),
     "adagrad": lambda ps, **kw: torch.optim.Adagrad(ps, LR, **kw),
+    "radam": lambda ps, **kw: torch.optim.RAdam(ps, LR, **kw),
 }
+NEAREST = {"sgdw": "sgd", "lookahead": "sgd", "ranger": "radam"}
+"""What torch has for algorithms that it lacks."""
 DROP_INS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda ps, **kw: gcfunc.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
+    "sgdw": lambda ps, **kw: gcfunc.optim.SGDW(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
+    "adam": lambda ps, **kw: gcfunc.optim.Adam(ps, LR, **kw),
     "adamw": lambda ps, **kw: gcfunc.optim.AdamW(ps, LR, **kw),
     "adagrad": lambda ps, **kw: gcfunc.optim.Adagrad(ps, LR, **kw),
+    "radam": lambda ps, **kw: gcfunc.optim.RAdam(ps, LR, **kw),
+    "lookahead": lambda ps, **kw: gcfunc.optim.Lookahead(
+        gcfunc.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw)
+    ),
+    "ranger": lambda ps, **kw: gcfunc.optim.Ranger(ps, LR, **kw),
 }
 
 
 def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **how: bool) -> Peer:
     """torch.optim's step; with ``loop`` after a Python loop that centralizes the gradients."""
-    ps = _parameters(params, grads)
+    return _torch_optim(algorithm, params, grads, loop=loop, **how)[0]
+
+
+def _torch_optim(
+    algorithm: str, params: Params, grads: Params, *, loop: bool, **how: bool
+) -> tuple[Peer, torch.optim.Optimizer]:
+    ps = with_grads(params, grads)
     opt = TORCH[algorithm](ps, **how)
 
     def centralize_and_step() -> None:
@@ -52,21 +77,56 @@ def torch_optim(algorithm: str, params: Params, grads: Params, *, loop: bool, **
                 p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
         opt.step()
 
-    return Peer(centralize_and_step if loop else opt.step, dict(zip(params, ps, strict=True)))
+    step = centralize_and_step if loop else opt.step
+    return Peer(step, dict(zip(params, ps, strict=True))), opt
 
 
-def drop_in(algorithm: str, params: Params, grads: Params) -> Peer:
+def compiled_torch(algorithm: str, params: Params, grads: Params, *, loop: bool) -> Peer:
+    """torch.optim's default step under torch.compile, with ``loop`` after centralizing there.
+
+    The learning rate is a tensor, so that a schedule would not compile again. torch then refuses
+    foreach, its default on accelerators, unless the step is ``capturable``.
+    """
+    peer, opt = _torch_optim(algorithm, params, grads, loop=loop)
+    for group in opt.param_groups:
+        group["lr"] = torch.tensor(LR)
+        if "capturable" in group:
+            group["capturable"] = group["params"][0].device.type != "cpu"
+    return Peer(torch.compile(peer.step), peer.params)
+
+
+def fastest_torch(algorithm: str, params: Params, grads: Params) -> Peer:
+    """torch.optim's fused step without GC; RAdam has none, and takes its foreach one."""
+    named = NEAREST.get(algorithm, algorithm)
+    how = {"foreach": True} if named == "radam" else {"fused": True}
+    return torch_optim(named, params, grads, loop=False, **how)
+
+
+def foreach_torch(algorithm: str, params: Params, grads: Params) -> Peer:
+    """torch.optim's foreach step without GC."""
+    return torch_optim(NEAREST.get(algorithm, algorithm), params, grads, loop=False, foreach=True)
+
+
+def drop_in(algorithm: str, params: Params, grads: Params, *, gc: str | None = "gc") -> Peer:
     """gcfunc's torch.optim class, compiled."""
-    ps = _parameters(params, grads)
-    opt = DROP_INS[algorithm](ps, gc="gc", compile=True)
+    ps = with_grads(params, grads)
+    opt = DROP_INS[algorithm](ps, gc=gc, compile=True)
     return Peer(opt.step, dict(zip(params, ps, strict=True)))
 
 
-def _parameters(params: Params, grads: Params) -> list[Tensor]:
+def with_grads(params: Params, grads: Params) -> list[Tensor]:
+    """Copies of the params that hold copies of the gradients, as torch.optim wants them."""
     ps = [p.clone() for p in params.values()]
     for p, g in zip(ps, grads.values(), strict=True):
         p.grad = g.clone()
     return ps
+
+
+def eager(algorithm: str, params: Params, grads: Params, *, gc: str | None) -> Peer:
+    """gcfunc's pure step as it is, from the same params and state again and again."""
+    opt = OURS[algorithm](gc)
+    state = opt.init(params)
+    return Peer(lambda: opt.step(params, grads, state), params)
 
 
 def ours(

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -74,3 +77,13 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "gpt2": gpt2,
     "tiny_cnn": tiny_cnn,
 }
+
+
+def tensors(shapes: Shapes, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of the size of trained ones, and gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    params, grads = (
+        {n: scale * torch.randn(s, generator=generator, device=device) for n, s in shapes.items()}
+        for scale in (0.02, 0.01)
+    )
+    return params, grads

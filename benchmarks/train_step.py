@@ -29,6 +29,10 @@ class Task(NamedTuple):
     inputs: Tensor
     targets: Tensor
 
+    def to(self, device: str) -> Task:
+        """The same there."""
+        return Task(self.model.to(device), self.inputs.to(device), self.targets.to(device))
+
 
 def cnn() -> Task:
     """Four convolutions with BatchNorm on 32 images of 32 by 32."""
@@ -99,7 +103,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.OURS)
+    parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
     args = parser.parse_args()
     rows = []
