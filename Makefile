@@ -9,17 +9,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DEMO := runs/demo
-BENCHMARKS := speed overhead memory compile_time train_step hooks
 
 # Threads that spin while they wait make training ten times slower on a machine that is busy.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow bench lint format notebooks clean
+.PHONY: help demo test slow counts bench bench-save bench-compare bench-budgets bench-noise \
+	bench-peers bench-scaling lint format notebooks clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
 
 # A demo that was interrupted left its checkpoint behind: go on from there.
 demo: $(STAMPS)/recipes ## train on real images with and without gradient centralization
@@ -32,10 +32,35 @@ test: $(STAMPS)/dev ## run every test, doctest and notebook
 slow: $(STAMPS)/dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-# Without the wait policy above, which would make short parallel loops slow.
-bench: $(STAMPS)/bench ## measure speed, memory and compile time against torch.optim; an hour, on a quiet machine
-	for benchmark in $(BENCHMARKS); do \
-		env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.$$benchmark || exit 1; done
+counts: $(STAMPS)/bench ## write down the graphs, kernels, bytes and collectives that make test expects
+	$(BIN)/python -m benchmarks.counts --update
+
+# Without the wait policy above, which would make short parallel loops slow. OPTIONS are pytest's:
+# make bench OPTIONS='-k "adamw and resnet50"'
+BENCH := env -u OMP_WAIT_POLICY $(BIN)/python
+SUITE := $(BENCH) -m pytest -c benchmarks/pytest.ini benchmarks/test_ratios.py $(OPTIONS)
+
+bench: $(STAMPS)/bench ## hold every step to its budget, as a ratio to torch; two hours, on a quiet machine
+	$(SUITE) --benchmark-quiet
+
+bench-save: $(STAMPS)/bench ## the same, and keep the run for the comparisons to come
+	$(SUITE) --benchmark-quiet --benchmark-autosave
+
+bench-compare: $(STAMPS)/bench ## the same, and compare with the run kept last
+	$(SUITE) --benchmark-compare --benchmark-compare-fail=min:25%
+
+bench-budgets: $(STAMPS)/bench ## set the budgets from the runs kept
+	$(BENCH) -m benchmarks.budgets
+
+bench-noise: $(STAMPS)/bench ## run a sample five times, to see what noise there is
+	$(BENCH) -m benchmarks.noise
+
+bench-peers: $(STAMPS)/bench ## compare with other libraries, and write README's figures; an hour
+	for benchmark in speed overhead memory compile_time train_step hooks figures; do \
+		$(BENCH) -m benchmarks.$$benchmark || exit 1; done
+
+bench-scaling: $(STAMPS)/bench ## plot time and memory over the number and size of tensors
+	$(BENCH) -m benchmarks.scaling
 
 lint: $(STAMPS)/dev ## check style, format and types
 	$(BIN)/ruff check .
@@ -52,7 +77,7 @@ notebooks: $(STAMPS)/dev ## execute the notebooks again, keeping their outputs
 	$(BIN)/nbstripout --keep-output --keep-count --extra-keys metadata.language_info.version $(NOTEBOOKS)
 
 clean: ## remove the environment, caches and training output
-	rm -rf $(VENV) build dist runs *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch and the build backend go first: the constraints then hold while gcfunc itself is built.

@@ -1,0 +1,139 @@
+"""What each ratio may be: benchmarks/budgets/cpu.toml, and how its numbers come about.
+
+A budget is what was measured, and the margin that noise is given:
+
+    make bench-save
+    make bench-budgets        # from the latest figure of each case that was saved
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+Case = dict[str, Any]
+
+FOLDER = Path(__file__).parent / "budgets"
+STORAGE = Path(".benchmarks")
+"""Where pytest-benchmark keeps its runs."""
+MARGIN = 1.25
+
+HEAD = """\
+# The most that each benchmark may take, as a ratio of medians to its baseline in the same run:
+# {margin} times what was measured when its line was written, rounded up. Commit a higher number
+# only with the reason. `make bench-budgets` writes the file from what `make bench-save` kept.
+# It holds for machines like this one: {machine}.
+"""
+
+
+def path(device: str) -> Path:
+    """Where a device's budgets are."""
+    return FOLDER / f"{device}.toml"
+
+
+def load(path: Path) -> dict[str, float]:
+    """Budgets by the full name of their case."""
+    found: dict[str, float] = {}
+
+    def walk(prefix: str, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                walk(f"{prefix}{key}.", value)
+            else:
+                found[prefix + key] = value
+
+    walk("", tomllib.loads(path.read_text()))
+    return found
+
+
+def history(name: str, device: str, storage: Path) -> list[str]:
+    """What saved runs found for a case, the latest last."""
+    return [
+        f"{case['ratio']:.2f} ({run['datetime'][:10]}, {run['commit_info']['id'][:7]})"
+        for run, case in saved(storage)
+        if (case["case"], case["device"]) == (name, device)
+    ]
+
+
+def saved(storage: Path) -> Iterator[tuple[Case, Case]]:
+    """Each run with each of its cases, the latest last."""
+    paths = storage.glob("*/[0-9]*.json")
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime, path)):
+        run = json.loads(path.read_text())
+        for benchmark in run["benchmarks"]:
+            if "case" in benchmark["extra_info"]:  # or it failed before it was measured
+                yield run, benchmark["extra_info"]
+
+
+def verdict(
+    name: str, ratio: float, budgets: Mapping[str, float], history: Sequence[str]
+) -> str | None:
+    """What is wrong with a ratio, if anything, and what to do."""
+    if name not in budgets:
+        return f"{name}: {ratio:.2f}, and no budget: make bench-save, then make bench-budgets"
+    if ratio <= budgets[name]:
+        return None
+    return (
+        f"{name}: {ratio:.2f} is over its budget of {budgets[name]:.2f}; "
+        f"history: {', '.join(history) or 'none saved'}"
+    )
+
+
+def budget(ratio: float) -> float:
+    """For a case that was measured at this ratio: two digits, rounded up."""
+    most = ratio * MARGIN
+    digits = 1 - math.floor(math.log10(most))
+    scale = 10.0**digits
+    return round(math.ceil(round(most * scale, 6)) / scale, digits)
+
+
+def written(budgets: Mapping[str, float]) -> str:
+    """A TOML file of them, one line for each last but one part of the name."""
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    for name, value in budgets.items():
+        table, row, column = name.rsplit(".", 2)
+        tables.setdefault(table, {}).setdefault(row, {})[column] = value
+    machine = measure.machine()
+    where = f"{machine['cores']} cores of {machine['device']}, {machine['vector_instructions']}"
+    lines = [HEAD.format(margin=MARGIN, machine=where)]
+    for table, rows in tables.items():
+        lines.append(f"[{table}]")
+        for row, columns in rows.items():
+            inner = ", ".join(f"{column} = {value:g}" for column, value in columns.items())
+            lines.append(f"{row} = {{ {inner} }}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Set the budgets of the cases that were saved, and keep their figures as results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", type=Path, default=STORAGE)
+    args = parser.parse_args()
+    latest = {(case["device"], case["case"]): case for _, case in saved(args.storage)}
+    if not latest:
+        parser.error(f"no run is saved in {args.storage}; make bench-save saves one")
+    for device in sorted({device for device, _ in latest}):
+        own = [case for (its, _), case in latest.items() if its == device]
+        file = path(device)
+        budgets = load(file) if file.exists() else {}
+        changed = {case["case"]: budget(case["ratio"]) for case in own}
+        for name, value in changed.items():
+            if (before := budgets.get(name, math.inf)) != value:
+                print(f"{name}: {before} -> {value}{' RAISED' if value > before else ''}")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(written(budgets | changed))
+        lines = [[c["case"], c["to"], f"{c['ratio']:.2f}"] for c in own]
+        rows = [{key: value for key, value in c.items() if key != "device"} for c in own]
+        measure.report("budgets", measure.table(["case", "to", "ratio"], lines), rows, device)
+
+
+if __name__ == "__main__":
+    main()
