@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,30 @@ def load(path: Path) -> dict[str, float]:
 
 
 def history(name: str, device: str, storage: Path) -> list[str]:
-    """What saved runs found for a case, the latest last."""
+    """What was found for a case when its budget was set, and in saved runs; the latest last."""
+    cases = [*committed(device), *saved(storage)]
+    found = [case for case in cases if (case["case"], case["device"]) == (name, device)]
+    found.sort(key=lambda case: case["datetime"])
+    texts = (f"{c['ratio']:.2f} ({c['datetime'][:10]}, {c['commit'][:7]})" for c in found)
+    return [*dict.fromkeys(texts)]
+
+
+def committed(device: str) -> list[Case]:
+    """What budgets were set from."""
+    path = measure.results("budgets", device)
+    rows: list[Case] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row | {"device": device} for row in rows]
+
+
+def saved(storage: Path) -> list[Case]:
+    """The cases of all saved runs, the latest last."""
+    runs = [json.loads(path.read_text()) for path in storage.glob("*/[0-9]*.json")]
     return [
-        f"{case['ratio']:.2f} ({run['datetime'][:10]}, {run['commit_info']['id'][:7]})"
-        for run, case in saved(storage)
-        if (case["case"], case["device"]) == (name, device)
+        benchmark["extra_info"] | {"datetime": run["datetime"], "commit": run["commit_info"]["id"]}
+        for run in sorted(runs, key=lambda run: run["datetime"])
+        for benchmark in run["benchmarks"]
+        if "case" in benchmark["extra_info"]  # or it failed before it was measured
     ]
-
-
-def saved(storage: Path) -> Iterator[tuple[Case, Case]]:
-    """Each run with each of its cases, the latest last."""
-    paths = storage.glob("*/[0-9]*.json")
-    for path in sorted(paths, key=lambda path: (path.stat().st_mtime, path)):
-        run = json.loads(path.read_text())
-        for benchmark in run["benchmarks"]:
-            if "case" in benchmark["extra_info"]:  # or it failed before it was measured
-                yield run, benchmark["extra_info"]
 
 
 def verdict(
@@ -117,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", type=Path, default=STORAGE)
     args = parser.parse_args()
-    latest = {(case["device"], case["case"]): case for _, case in saved(args.storage)}
+    latest = {(case["device"], case["case"]): case for case in saved(args.storage)}
     if not latest:
         parser.error(f"no run is saved in {args.storage}; make bench-save saves one")
     for device in sorted({device for device, _ in latest}):
@@ -130,8 +138,9 @@ def main() -> None:
                 print(f"{name}: {before} -> {value}{' RAISED' if value > before else ''}")
         file.parent.mkdir(exist_ok=True)
         file.write_text(written(budgets | changed))
-        lines = [[c["case"], c["to"], f"{c['ratio']:.2f}"] for c in own]
-        rows = [{key: value for key, value in c.items() if key != "device"} for c in own]
+        cases = {case["case"]: case for case in (*committed(device), *own)}.values()
+        lines = [[c["case"], c["to"], f"{c['ratio']:.2f}"] for c in cases]
+        rows = [{key: value for key, value in c.items() if key != "device"} for c in cases]
         measure.report("budgets", measure.table(["case", "to", "ratio"], lines), rows, device)
 
 

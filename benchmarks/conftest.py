@@ -186,5 +186,6 @@ def pytest_terminal_summary(
         terminalreporter.write_line("No case has a budget: nothing was gated.")
     if config.getoption("benchmark_compare"):
         device = config.getoption("device")
-        new = [line[0] for line in lines if not budgets.history(line[0], device, storage(config))]
+        saved = {(case["case"], case["device"]) for case in budgets.saved(storage(config))}
+        new = [line[0] for line in lines if (line[0], device) not in saved]
         terminalreporter.write_line(f"Never saved before: {', '.join(new) or 'none'}.")

@@ -65,7 +65,7 @@ Rows = list[Row]
 
 def result(name: str) -> dict[str, Any]:
     """A file of results; one without rows, if there is none."""
-    path = measure.RESULTS / f"{name}.json"
+    path = measure.results(name)
     found: dict[str, Any] = {"rows": []}
     return json.loads(path.read_text()) if path.exists() else found
 

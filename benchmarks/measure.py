@@ -142,6 +142,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def results(name: str, device: str = "cpu") -> Path:
+    """Where they are kept."""
+    return RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
+
+
 def report(
     name: str,
     markdown: str,
@@ -151,8 +156,7 @@ def report(
 ) -> None:
     """Print a table, and write it as JSON with the machine and the command that made it."""
     print(markdown, flush=True)
-    kind = "" if device == "cpu" else f"-{device}"
-    path = RESULTS / f"{output or name}{kind}.json"
+    path = results(output or name, device)
     path.parent.mkdir(exist_ok=True)
     command = "python -m benchmarks." + " ".join([name, *sys.argv[1:]])
     content = {"command": command, "machine": machine(device), "rows": list(rows)}

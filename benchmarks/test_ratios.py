@@ -115,6 +115,8 @@ WAYS = {
 def test_train_step(gate: Gate, device: str, model: str, algorithm: str, way: str) -> None:
     torch.manual_seed(0)
     task = train_step.MODELS[model]().to(device)
+    if way == "gcc" and max(p.dim() for p in task.model.parameters()) < 4:
+        pytest.skip(f"{model} has no convolutions")
     gate(
         f"train_step.{model}.{algorithm}.{way}",
         WAYS[way](task, algorithm),
