@@ -47,11 +47,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     parser.add_argument("--forms", nargs="+", default=["packed", "unpacked"], choices=FORMS)
+    parser.add_argument("--device", default=measure.device())
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ALGORITHM", "FORM"))
     args = parser.parse_args()
     if args.one:
         model, algorithm, form = args.one
-        print(json.dumps(first_step(SIZES[model](), algorithm, form)))
+        print(json.dumps(first_step(SIZES[model](), algorithm, form, args.device)))
         return
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
@@ -61,8 +62,10 @@ def main() -> None:
                 found = {}
                 with tempfile.TemporaryDirectory() as cache:
                     for start in ("cold", "warm"):
-                        own = ("benchmarks.compile_time", "--one", model, algorithm, form)
-                        (found[start],) = processes.run(*own, cache=cache)
+                        own = (f"--device={args.device}", "--one", model, algorithm, form)
+                        (found[start],) = processes.run(
+                            "benchmarks.compile_time", *own, cache=cache
+                        )
                 row = {"model": model, "algorithm": algorithm, "form": form} | found
                 rows.append(row)
                 cold, warm = found["cold"], found["warm"]
@@ -70,7 +73,7 @@ def main() -> None:
                 lines.append([model, algorithm, form, *(f"{t:.1f} s" for t in times)])
                 print(*lines[-1], flush=True)
     head = ["model", "algorithm", "form", "cold", "warm", "trivial function, cold"]
-    measure.report("compile_time", measure.table(head, lines), rows)
+    measure.report("compile_time", measure.table(head, lines), rows, args.device)
 
 
 if __name__ == "__main__":

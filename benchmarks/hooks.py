@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import measure, processes
+from benchmarks import measure, peers, processes
 from benchmarks.train_step import Step, Task, cnn, loss_fn, transformer
 from gcfunc.hooks import centralize_backward, register_ddp
 
@@ -114,13 +114,11 @@ def hooked(setting: Setting) -> Way:
 
 
 def loop(setting: Setting) -> Way:
-    """What people write after ``loss.backward()``."""
+    """A Python loop after ``loss.backward()``."""
 
     def step() -> None:
         setting.step()
-        for p in setting.task.model.parameters():
-            if p.ndim > 1 and p.grad is not None:
-                p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
+        peers.centralize_by_loop(setting.task.model.parameters())
 
     return Way(step)
 
@@ -152,19 +150,21 @@ def prepare(model: str, mode: str, *, ddp: bool, device: str = "cpu") -> Setting
     return Setting(task, wrap(task.model), wrap)
 
 
-def rows(model: str, mode: str, candidates: list[str], budget: float | None) -> Iterator[Row]:
+def rows(
+    model: str, mode: str, candidates: list[str], budget: float | None, device: str = "cpu"
+) -> Iterator[Row]:
     """Measure, in this process or together with the others of its group."""
     ddp = dist.is_initialized()
     size = dist.get_world_size() if ddp else 1
     agree = all_agree if ddp else bool
-    setting = prepare(model, mode, ddp=ddp)
+    setting = prepare(model, mode, ddp=ddp, device=device)
     baseline = unhooked(setting)
     for candidate in candidates:
         if candidate == "register_ddp" and not ddp:
             continue
         way = CANDIDATES[candidate](setting)
         timer = partial(turn, steps=MODELS[model].steps, agree=agree)
-        result = measure.against(way, baseline, budget=budget, timer=timer, agree=agree)
+        result = measure.against(way, baseline, device, budget, timer=timer, agree=agree)
         names = {"model": model, "mode": mode, "processes": size, "candidate": candidate}
         yield names | {"threads": torch.get_num_threads()} | result._asdict()
     torch.compiler.reset()
@@ -210,15 +210,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     modes = ["eager", "compiled"]
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--processes", nargs="+", type=int, help="1 and 2; 1 off the CPU")
+    parser.add_argument("--device", default=measure.device())
     asked = [candidate for candidate in CANDIDATES if candidate != "unhooked"]
     parser.add_argument("--candidates", nargs="+", default=asked, choices=CANDIDATES)
     parser.add_argument("--seconds", type=float, help="for each figure")
     args = parser.parse_args()
+    # Several processes talk through gloo, on the CPU.
+    sizes = args.processes or ([1, 2] if args.device == "cpu" else [1])
+    if args.device != "cpu" and max(sizes) > 1:
+        parser.error("several processes are measured on the CPU only")
     found: list[Row] = []
     lines: list[list[object]] = []
-    for model, size, mode in itertools.product(args.models, args.processes, args.modes):
-        measured = rows if size == 1 else partial(together, size=size)
+    for model, size, mode in itertools.product(args.models, sizes, args.modes):
+        measured = partial(rows, device=args.device) if size == 1 else partial(together, size=size)
         by: dict[str, Row] = {}
         for row in measured(model, mode, args.candidates, args.seconds):
             by[row["candidate"]] = row
@@ -232,7 +237,7 @@ def main() -> None:
         ratios = [f"{by[c]['ratio']:.3f}" if c in by else "" for c in args.candidates]
         lines.append([model, mode, size, f"{baselines[len(baselines) // 2]:.2f} ms", *ratios])
     head = ["model", "mode", "processes", "without hooks", *args.candidates]
-    measure.report("hooks", measure.table(head, lines), found)
+    measure.report("hooks", measure.table(head, lines), found, args.device)
 
 
 if __name__ == "__main__":

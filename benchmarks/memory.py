@@ -1,6 +1,7 @@
 """The peak memory of a step, against torch.optim's fused one.
 
-Each figure is a process of its own, which reads the kernel's high-water mark (Linux, glibc).
+Each figure is a process of its own, which reads the high-water mark of the kernel (Linux, glibc),
+or of torch's allocator on an accelerator.
 
     python -m benchmarks.memory --models gpt2
 """
@@ -36,10 +37,12 @@ def status(field: str, of: str = "self/status") -> int:
     return 1024 * int(found[1])
 
 
-def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float]:
+def during_a_step(
+    model: str, algorithm: str, candidate: str, device: str = "cpu"
+) -> dict[str, float]:
     """Bytes that a step must hold, and what it takes beyond all that lives between steps."""
     shapes = MODELS[model]()
-    params, grads = tensors(shapes)
+    params, grads = tensors(shapes, device)
     make = HOW[candidate]
     if make is None:
         peer = peers.torch_optim(algorithm, params, grads, fused=True, loop=False)
@@ -50,7 +53,7 @@ def during_a_step(model: str, algorithm: str, candidate: str) -> dict[str, float
         peer.step()
     return {
         "held": held(algorithm, shapes),
-        "extra": statistics.median(beyond(peer.step) for _ in range(5)),
+        "extra": statistics.median(beyond(peer.step, device) for _ in range(5)),
     }
 
 
@@ -74,10 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet50", "gpt2"], choices=MODELS)
     parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
+    parser.add_argument("--device", default=measure.device())
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ALGORITHM", "CANDIDATE"))
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(during_a_step(*args.one)))
+        model, algorithm, candidate = args.one
+        print(json.dumps(during_a_step(model, algorithm, candidate, args.device)))
         return
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
@@ -85,8 +90,8 @@ def main() -> None:
         for algorithm in args.algorithms:
             peaks = {}
             for candidate in HOW:
-                own = ("benchmarks.memory", "--one", model, algorithm, candidate)
-                (found,) = processes.run(*own)
+                own = (f"--device={args.device}", "--one", model, algorithm, candidate)
+                (found,) = processes.run("benchmarks.memory", *own)
                 peaks[candidate] = found["held"] + found["extra"]
                 ratio = peaks[candidate] / peaks["torch fused, no GC"]
                 rows.append(
@@ -98,7 +103,7 @@ def main() -> None:
                 lines.append([model, algorithm, candidate, *sizes, f"{ratio:.3f}"])
                 print(*lines[-1], flush=True)
     head = ["model", "algorithm", "step", "held", "beyond it", "peak, to torch fused"]
-    measure.report("memory", measure.table(head, lines), rows)
+    measure.report("memory", measure.table(head, lines), rows, args.device)
 
 
 if __name__ == "__main__":

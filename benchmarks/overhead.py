@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from benchmarks import measure, peers
+from benchmarks.shapes import Shapes, tensors
 
 CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
     "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
@@ -27,22 +26,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensors", type=int, default=161)
     parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
+    parser.add_argument("--device", default=measure.device())
     args = parser.parse_args()
-    params = {f"layer{i}.weight": torch.ones(1, 1) for i in range(args.tensors)}
-    grads = {name: torch.ones(1, 1) for name in params}
+    shapes: Shapes = {f"layer{i}.weight": (1, 1) for i in range(args.tensors)}
+    params, grads = tensors(shapes, args.device)
     rows = []
     lines: list[list[object]] = []
     for algorithm in args.algorithms:
         for name, make in CANDIDATES.items():
             baseline = peers.torch_optim(algorithm, params, grads, fused=True, loop=False)
-            result = measure.against(make(algorithm, params, grads).step, baseline.step)
+            result = measure.against(
+                make(algorithm, params, grads).step, baseline.step, args.device
+            )
             rows.append({"algorithm": algorithm, "candidate": name} | result._asdict())
             times = [result.seconds, result.baseline]
             lines.append([algorithm, name, *(f"{1e6 * t:.0f} us" for t in times)])
             lines[-1].append(f"{result.ratio:.2f}")
             print(*lines[-1], flush=True)
     head = ["algorithm", "step", "time", "torch fused, no GC", "ratio"]
-    measure.report("overhead", measure.table(head, lines), rows)
+    measure.report("overhead", measure.table(head, lines), rows, args.device)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +72,18 @@ def _torch_optim(
     opt = TORCH[algorithm](ps, **how)
 
     def centralize_and_step() -> None:
-        for p in ps:
-            if p.ndim > 1 and p.grad is not None:
-                p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
+        centralize_by_loop(ps)
         opt.step()
 
     step = centralize_and_step if loop else opt.step
     return Peer(step, dict(zip(params, ps, strict=True))), opt
+
+
+def centralize_by_loop(ps: Iterable[Tensor]) -> None:
+    """What people write between ``loss.backward()`` and ``optimizer.step()``."""
+    for p in ps:
+        if p.ndim > 1 and p.grad is not None:
+            p.grad.sub_(p.grad.mean(tuple(range(1, p.ndim)), keepdim=True))
 
 
 def compiled_torch(algorithm: str, params: Params, grads: Params, *, loop: bool) -> Peer:

@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--algorithms", nargs="+", default=["sgd", "adamw"], choices=peers.COMPARED)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument("--device", default=measure.device())
     args = parser.parse_args()
     rows = []
     lines: list[list[object]] = []
@@ -113,9 +114,10 @@ def main() -> None:
             lines.append([model, algorithm, ""])
             for candidate in args.candidates:
                 torch.manual_seed(0)
-                task = MODELS[model]()
+                task = MODELS[model]().to(args.device)
                 baseline = ordinary(task, algorithm, compiled=True)
-                result = measure.against(CANDIDATES[candidate](task, algorithm), baseline)
+                step = CANDIDATES[candidate](task, algorithm)
+                result = measure.against(step, baseline, args.device)
                 rows.append(
                     {"model": model, "algorithm": algorithm, "candidate": candidate}
                     | result._asdict()
@@ -129,7 +131,7 @@ def main() -> None:
                 )
                 torch.compiler.reset()
     head = ["model", "algorithm", "compiled model, fused, no GC", *args.candidates]
-    measure.report("train_step", measure.table(head, lines), rows)
+    measure.report("train_step", measure.table(head, lines), rows, args.device)
 
 
 if __name__ == "__main__":
