@@ -52,14 +52,14 @@ bench-compare: $(STAMPS)/bench ## the same, and compare with the run kept last
 bench-budgets: $(STAMPS)/bench ## set the budgets from the runs kept
 	$(BENCH) -m benchmarks.budgets
 
-bench-noise: $(STAMPS)/bench ## run a sample five times, to see what noise there is
+bench-noise: $(STAMPS)/bench ## run a sample five times, to see what noise there is; ten minutes
 	$(BENCH) -m benchmarks.noise
 
 bench-peers: $(STAMPS)/bench ## compare with other libraries, and write README's figures; an hour
 	for benchmark in speed overhead memory compile_time train_step hooks figures; do \
 		$(BENCH) -m benchmarks.$$benchmark || exit 1; done
 
-bench-scaling: $(STAMPS)/bench ## plot time and memory over the number and size of tensors
+bench-scaling: $(STAMPS)/bench ## plot time and memory over the number and size of tensors; twenty minutes
 	$(BENCH) -m benchmarks.scaling
 
 lint: $(STAMPS)/dev ## check style, format and types
