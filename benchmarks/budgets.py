@@ -58,7 +58,7 @@ def history(name: str, device: str, storage: Path) -> list[str]:
     cases = [*committed(device), *saved(storage)]
     found = [case for case in cases if (case["case"], case["device"]) == (name, device)]
     found.sort(key=lambda case: case["datetime"])
-    texts = (f"{c['ratio']:.2f} ({c['datetime'][:10]}, {c['commit'][:7]})" for c in found)
+    texts = (f"{c['ratio']:.3f} ({c['datetime'][:10]}, {c['commit']})" for c in found)
     return [*dict.fromkeys(texts)]
 
 
@@ -69,15 +69,21 @@ def committed(device: str) -> list[Case]:
     return [row | {"device": device} for row in rows]
 
 
-def saved(storage: Path) -> list[Case]:
-    """The cases of all saved runs, the latest last."""
-    runs = [json.loads(path.read_text()) for path in storage.glob("*/[0-9]*.json")]
+def saved(storage: Path, runs: str = "[0-9]*") -> list[Case]:
+    """The cases of saved runs, the latest last."""
+    found = [json.loads(path.read_text()) for path in storage.glob(f"*/{runs}.json")]
     return [
-        benchmark["extra_info"] | {"datetime": run["datetime"], "commit": run["commit_info"]["id"]}
-        for run in sorted(runs, key=lambda run: run["datetime"])
+        benchmark["extra_info"] | {"datetime": run["datetime"], "commit": commit(run)}
+        for run in sorted(found, key=lambda run: run["datetime"])
         for benchmark in run["benchmarks"]
         if "case" in benchmark["extra_info"]  # or it failed before it was measured
     ]
+
+
+def commit(run: Mapping[str, Any]) -> str:
+    """What a saved run measured; with a + if that was changed without being committed."""
+    info = run["commit_info"]
+    return f"{info['id'][:7]}{'+' if info['dirty'] else ''}"
 
 
 def verdict(
@@ -85,31 +91,33 @@ def verdict(
 ) -> str | None:
     """What is wrong with a ratio, if anything, and what to do."""
     if name not in budgets:
-        return f"{name}: {ratio:.2f}, and no budget: make bench-save, then make bench-budgets"
+        return f"{name}: {ratio:.3f}, and no budget: make bench-save, then make bench-budgets"
     if ratio <= budgets[name]:
         return None
     return (
-        f"{name}: {ratio:.2f} is over its budget of {budgets[name]:.2f}; "
+        f"{name}: {ratio:.3f} is over its budget of {budgets[name]:.3f}; "
         f"history: {', '.join(history) or 'none saved'}"
     )
 
 
 def budget(ratio: float) -> float:
-    """For a case that was measured at this ratio: two digits, rounded up."""
+    """For a case that was measured at this ratio: three digits, rounded up."""
     most = ratio * MARGIN
-    digits = 1 - math.floor(math.log10(most))
+    digits = 2 - math.floor(math.log10(most))
     scale = 10.0**digits
     return round(math.ceil(round(most * scale, 6)) / scale, digits)
 
 
-def written(budgets: Mapping[str, float]) -> str:
+def written(budgets: Mapping[str, float], device: str = "cpu") -> str:
     """A TOML file of them, one line for each last but one part of the name."""
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for name, value in budgets.items():
         table, row, column = name.rsplit(".", 2)
         tables.setdefault(table, {}).setdefault(row, {})[column] = value
-    machine = measure.machine()
-    where = f"{machine['cores']} cores of {machine['device']}, {machine['vector_instructions']}"
+    machine = measure.machine(device)
+    where = machine["device"]
+    if device == "cpu":
+        where = f"{machine['cores']} cores of {where}, {machine['vector_instructions']}"
     lines = [HEAD.format(margin=MARGIN, machine=where)]
     for table, rows in tables.items():
         lines.append(f"[{table}]")
@@ -137,7 +145,7 @@ def main() -> None:
             if (before := budgets.get(name, math.inf)) != value:
                 print(f"{name}: {before} -> {value}{' RAISED' if value > before else ''}")
         file.parent.mkdir(exist_ok=True)
-        file.write_text(written(budgets | changed))
+        file.write_text(written(budgets | changed, device))
         cases = {case["case"]: case for case in (*committed(device), *own)}.values()
         lines = [[c["case"], c["to"], f"{c['ratio']:.2f}"] for c in cases]
         rows = [{key: value for key, value in c.items() if key != "device"} for c in cases]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from benchmarks import budgets, measure
 Call = Callable[[], object]
 FEWEST, MOST = 7, 500
 """Rounds of each case."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""From glibc's malloc.h."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("budgets")) and not path.exists():
         raise pytest.UsageError(f"--budgets: there is no {path}")
+    keep_memory()
     # Before pytest-benchmark asks: without history it would fail after everything was measured.
     if config.getoption("benchmark_compare") and not saved_here(config):
         config.option.benchmark_compare, config.option.benchmark_compare_fail = None, []
@@ -39,10 +43,22 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def saved_here(config: pytest.Config) -> bool:
-    """Whether there is a run that pytest-benchmark would compare with."""
+def saved_here(config: pytest.Config) -> list[Path]:
+    """The runs that pytest-benchmark knows; it compares with the last."""
     machine: str = get_machine_id()  # type: ignore[no-untyped-call]
-    return any((storage(config) / machine).glob("[0-9]*.json"))
+    return sorted((storage(config) / machine).glob("[0-9]*.json"))
+
+
+def keep_memory() -> None:
+    """Have glibc give nothing back to the system while this process lives.
+
+    Or large temporaries are faulted in again and again, which takes as long as a step that makes
+    them, and now and then twice as long.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def storage(config: pytest.Config) -> Path:
@@ -186,6 +202,11 @@ def pytest_terminal_summary(
         terminalreporter.write_line("No case has a budget: nothing was gated.")
     if config.getoption("benchmark_compare"):
         device = config.getoption("device")
-        saved = {(case["case"], case["device"]) for case in budgets.saved(storage(config))}
-        new = [line[0] for line in lines if (line[0], device) not in saved]
-        terminalreporter.write_line(f"Never saved before: {', '.join(new) or 'none'}.")
+        *_, last = saved_here(config)
+        known = {
+            case["case"]
+            for case in budgets.saved(storage(config), last.stem)
+            if case["device"] == device
+        }
+        if new := [line[0] for line in lines if line[0] not in known]:
+            terminalreporter.write_line(f"Not compared, {last.stem} lacks them: {', '.join(new)}.")

@@ -110,7 +110,7 @@ def against(
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Of the times of two calls that took turns."""
     each = [a / b for a, b in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    low, _, high = statistics.quantiles(each, method="inclusive") if len(each) > 1 else each * 3
     call, baseline = statistics.median(ours), statistics.median(theirs)
     return Ratio(call / baseline, low, high, call, baseline)
 

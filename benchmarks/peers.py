@@ -46,6 +46,8 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 NEAREST = {"sgdw": "sgd", "lookahead": "sgd", "ranger": "radam"}
 """What torch has for algorithms that it lacks."""
+NEAREST_FUSED = NEAREST | {"radam": "adam", "ranger": "adam"}
+"""What it has a fused step for."""
 DROP_INS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda ps, **kw: gcfunc.optim.SGD(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
     "sgdw": lambda ps, **kw: gcfunc.optim.SGDW(ps, LR, MOMENTUM, weight_decay=DECAY, **kw),
@@ -101,14 +103,13 @@ def compiled_torch(algorithm: str, params: Params, grads: Params, *, loop: bool)
 
 
 def fastest_torch(algorithm: str, params: Params, grads: Params) -> Peer:
-    """torch.optim's fused step without GC; RAdam has none, and takes its foreach one."""
-    named = NEAREST.get(algorithm, algorithm)
-    how = {"foreach": True} if named == "radam" else {"fused": True}
-    return torch_optim(named, params, grads, loop=False, **how)
+    """torch.optim's fused step without GC, or the nearest."""
+    named = NEAREST_FUSED.get(algorithm, algorithm)
+    return torch_optim(named, params, grads, loop=False, fused=True)
 
 
 def foreach_torch(algorithm: str, params: Params, grads: Params) -> Peer:
-    """torch.optim's foreach step without GC."""
+    """torch.optim's foreach step without GC, or the nearest."""
     return torch_optim(NEAREST.get(algorithm, algorithm), params, grads, loop=False, foreach=True)
 
 

@@ -69,7 +69,7 @@ def test_a_slowed_step_is_caught(saved: Path, set_budgets: Callable[..., Path]) 
         most = budgets.load(path)[name]
         (line,) = (x for x in done.stdout.splitlines() if x.startswith(f"{name}: "))
         ratio, said = line.removeprefix(f"{name}: ").split(" ", 1)
-        assert said.startswith(f"is over its budget of {most:.2f}; history: ")
+        assert said.startswith(f"is over its budget of {most:.3f}; history: ")
         assert said.endswith(before)
         assert float(ratio) > most
 
@@ -82,12 +82,12 @@ def test_budgets_that_do_not_exist() -> None:
 
 def test_verdict() -> None:
     assert budgets.verdict("a", 1.0, {"a": 1.0}, []) is None
-    over = "a: 1.01 is over its budget of 1.00; history: "
+    over = "a: 1.010 is over its budget of 1.000; history: "
     assert budgets.verdict("a", 1.01, {"a": 1.0}, []) == f"{over}none saved"
     assert budgets.verdict("a", 1.01, {"a": 1.0}, ["0.9", "1"]) == f"{over}0.9, 1"
     new = budgets.verdict("b", 1.0, {"a": 1.0}, [])
     assert new is not None
-    assert new.startswith("b: 1.00, and no budget")
+    assert new.startswith("b: 1.000, and no budget")
 
 
 def run_file(folder: Path, number: int, ratio: float) -> Path:
@@ -97,7 +97,7 @@ def run_file(folder: Path, number: int, ratio: float) -> Path:
     others = [{"case": "b", "device": "cpu", "ratio": 9.0}, info | {"device": "cuda"}, {}]
     content = {
         "datetime": f"2026-01-{number:02}T00:00:00",
-        "commit_info": {"id": "0123456789"},
+        "commit_info": {"id": "0123456789", "dirty": True},
         "benchmarks": [{"extra_info": each} for each in (info, *others)],
     }
     path.write_text(json.dumps(content))
@@ -107,23 +107,31 @@ def run_file(folder: Path, number: int, ratio: float) -> Path:
 def test_history_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure that was committed with the budget is in it once."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    earlier = {"datetime": "2025-12-31T00:00:00", "commit": "fedcba98", "case": "a", "ratio": 1.0}
-    first = earlier | {"datetime": "2026-01-01T00:00:00", "commit": "0123456789", "ratio": 1.1}
+    earlier = {"datetime": "2025-12-31T00:00:00", "commit": "fedcba9", "case": "a", "ratio": 1.0}
+    first = earlier | {"datetime": "2026-01-01T00:00:00", "commit": "0123456+", "ratio": 1.1}
     rows = [earlier, first, earlier | {"case": "b"}]
     (tmp_path / "budgets.json").write_text(json.dumps({"rows": rows}))
     for number, ratio in ((2, 1.2), (1, 1.1), (3, 1.3)):
         run_file(tmp_path, number, ratio)
     assert budgets.history("a", "cpu", tmp_path) == [
-        "1.00 (2025-12-31, fedcba9)",
-        "1.10 (2026-01-01, 0123456)",
-        "1.20 (2026-01-02, 0123456)",
-        "1.30 (2026-01-03, 0123456)",
+        "1.000 (2025-12-31, fedcba9)",
+        "1.100 (2026-01-01, 0123456+)",
+        "1.200 (2026-01-02, 0123456+)",
+        "1.300 (2026-01-03, 0123456+)",
     ]
 
 
 def test_budgets_are_rounded_up() -> None:
-    found = {ratio: budgets.budget(ratio) for ratio in (0.08, 0.1, 1.0, 1.04, 3.3, 8.0, 9.0)}
-    assert found == {0.08: 0.1, 0.1: 0.13, 1.0: 1.3, 1.04: 1.3, 3.3: 4.2, 8.0: 10.0, 9.0: 12.0}
+    found = {ratio: budgets.budget(ratio) for ratio in (0.08, 0.1, 1.0, 1.04, 3.33, 8.0, 9.0)}
+    assert found == {
+        0.08: 0.1,
+        0.1: 0.125,
+        1.0: 1.25,
+        1.04: 1.3,
+        3.33: 4.17,
+        8.0: 10.0,
+        9.0: 11.3,
+    }
 
 
 def test_budgets_are_read_as_written(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def test_speed_prints_and_writes(
 def test_overhead_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "BUDGET", 0.0)
-    monkeypatch.setattr(sys, "argv", ["overhead", "--tensors", "3", "--algorithms", "sgd"])
+    own = ["--tensors", "3", "--algorithms", "sgd", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["overhead", *own])
     overhead.main()
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [row["candidate"] for row in rows] == [*overhead.CANDIDATES]
@@ -138,8 +139,10 @@ def test_hooks_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    own = ["--models", "mlp", "--modes", "eager", "--seconds", "0", "--candidates"]
-    monkeypatch.setattr(sys, "argv", ["hooks", *own, "centralize_backward", "register_ddp"])
+    own = ["--models", "mlp", "--modes", "eager", "--seconds", "0", "--device", "cpu"]
+    monkeypatch.setattr(
+        sys, "argv", ["hooks", *own, "--candidates", "centralize_backward", "register_ddp"]
+    )
     hooks.main()
     rows = json.loads((tmp_path / "hooks.json").read_text())["rows"]
     assert [(row["processes"], row["candidate"]) for row in rows] == [
