@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks import peers
+from benchmarks import peers, speed
 from benchmarks.shapes import Shapes
 
 FUSED = "torch fused, no GC"
+SHOWN = ("torch foreach + loop", "gcfunc packed", "gcfunc")
 CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
     FUSED: peers.fastest_torch,
-    "torch foreach + loop": partial(peers.torch_optim, foreach=True, loop=True),
-    "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
-    "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
+    **{name: speed.CANDIDATES[name] for name in SHOWN},
 }
 FORMS = {"gcfunc packed": "packed", "gcfunc": "unpacked"}
 """Those that are compiled, as benchmarks/compile_time.py calls them."""

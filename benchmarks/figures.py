@@ -165,7 +165,8 @@ def memory() -> list[list[str]]:
         f"{LABELS[c]} {span([row['ratio'] for row in pick(rows, candidate=c)], 3)}"
         for c in candidates
     ]
-    return line("peak memory of a step, to torch fused", "memory", found)
+    what = "peak memory of a step: params, gradients, slots, and what it takes besides"
+    return line(f"{what}; to torch fused", "memory", found)
 
 
 def overhead() -> list[list[str]]:

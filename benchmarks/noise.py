@@ -24,7 +24,8 @@ from benchmarks.budgets import MARGIN
 ROOT = Path(__file__).parents[1]
 SUITE = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", "benchmarks/test_ratios.py"]
 SAMPLE = (
-    "(test_step and resnet50-adamw and gc]) or (test_step and tiny_cnn-sgd- and gc]) "
+    "(test_step and (resnet50-adamw or resnet50-radam) and gc]) "
+    "or (test_step and tiny_cnn-sgd- and gc]) "
     "or (test_packed_step and tiny_cnn) or (test_pack and tiny_cnn) or (test_hooks and eager)"
 )
 

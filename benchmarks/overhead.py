@@ -6,19 +6,12 @@ python -m benchmarks.overhead
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 
-from benchmarks import measure, peers
+from benchmarks import measure, peers, speed
 from benchmarks.shapes import Shapes, tensors
 
-CANDIDATES: dict[str, Callable[..., peers.Peer]] = {
-    "gcfunc packed": partial(peers.ours, gc="gc", packed=True, donate=True),
-    "gcfunc": partial(peers.ours, gc="gc", packed=False, donate=True),
-    "gcfunc drop-in": peers.drop_in,
-    "torch foreach, no GC": partial(peers.torch_optim, foreach=True, loop=False),
-    "reference loop": peers.reference,
-}
+SHOWN = ("gcfunc packed", "gcfunc", "gcfunc drop-in", "torch foreach, no GC", "reference loop")
+CANDIDATES = {name: speed.CANDIDATES[name] for name in SHOWN}
 
 
 def main() -> None:

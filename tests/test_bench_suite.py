@@ -1,5 +1,6 @@
 """The benchmark suite: it catches what it is for, and its own arithmetic."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import budgets, measure, noise
+from benchmarks import budgets, measure, noise, peers, train_step
+from benchmarks import test_ratios as ratios
+from benchmarks.shapes import MODELS
 
 CASES = "(test_step and tiny_cnn and sgd-eager-gc]) or (test_packed_step and tiny_cnn-sgd)"
 NAMES = ["step.tiny_cnn.eager.sgd.gc", "packed_step.tiny_cnn.sgd.gc"]
@@ -140,6 +143,24 @@ def test_budgets_are_read_as_written(tmp_path: Path) -> None:
     path.write_text(budgets.written(values))
     assert budgets.load(path) == values
     assert "c = { gc = 1, gcc = 1.25 }" in path.read_text()
+
+
+def test_every_case_has_a_budget() -> None:
+    """And no other has one that nobody would miss."""
+    convolutional = {m for m, shapes in MODELS.items() if max(map(len, shapes().values())) == 4}
+    steps = itertools.product(MODELS, ratios.MODES, peers.OURS, ratios.GC)
+    ways = itertools.product(train_step.MODELS, ("sgd", "adamw"), ratios.WAYS)
+    compiled = itertools.product(("sgd", "adamw"), ("packed", "unpacked"), ("cold", "warm"))
+    hooked = itertools.product(("cnn", "resnet50", "mlp", "transformer"), ("eager", "compiled"))
+    names = {
+        *(".".join(("step", *c)) for c in steps if c[-1] != "gcc" or c[0] in convolutional),
+        *(".".join(("packed_step", *c, "gc")) for c in itertools.product(MODELS, peers.COMPARED)),
+        *(".".join(("packing", *c)) for c in itertools.product(MODELS, ("pack", "unpack"))),
+        *(".".join(("hooks", *c)) for c in hooked),
+        *(".".join(("train_step", *c)) for c in ways if c[-1] != "gcc" or c[0] == "cnn"),
+        *(f"compilation.resnet50.{a}-{form}.{start}" for a, form, start in compiled),
+    }
+    assert {*budgets.load(budgets.path("cpu"))} == names
 
 
 def test_setting_budgets_of_some_cases_keeps_the_others(

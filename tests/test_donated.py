@@ -61,7 +61,9 @@ def test_equals_the_pure_step_in_place(name: str, gc: str) -> None:
     assert_equals_pure(ALGORITHMS[name](GCS[gc]), make_params(), 1e-12, backend="aot_eager")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32]
+)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_equals_the_pure_step_on_inductor(name: str, dtype: torch.dtype) -> None:
     """In float32, graphs are compiled ahead and called without Dynamo."""

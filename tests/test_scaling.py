@@ -107,7 +107,12 @@ def assert_picture(path: Path) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    ("curve", "points"), [("tensors", [1, 2]), ("parameters", [1000, 8000]), ("width", [64])]
+    ("curve", "points"),
+    [
+        ("tensors", [1, 2]),
+        pytest.param("parameters", [1000, 8000], marks=pytest.mark.slow),
+        ("width", [64]),
+    ],
 )
 def test_steps_print_write_and_draw(
     curve: str,
@@ -238,10 +243,10 @@ def test_hooks_by_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scaling, "HOOKED", {"MLP": "mlp"})
-    rows = run(monkeypatch, tmp_path, "--curves", "processes", "--points", "1", "3")
+    rows = run(monkeypatch, tmp_path, "--curves", "processes", "--points", "1", "2")
     assert [(row["at"], row["candidate"]) for row in rows] == [
         (size, candidate)
-        for size in (1, 3)
+        for size in (1, 2)
         for candidate in (scaling.UNHOOKED, "centralize_backward", "register_ddp")
     ]
     assert all(row["seconds"] > 0 for row in rows)
