@@ -1,5 +1,6 @@
 """Processes that train one network together, and what becomes of them when one is lost."""
 
+import gc
 import os
 import signal
 import sys
@@ -110,6 +111,9 @@ def join() -> Iterator[Group]:
     with group.watched(lambda: "training had not begun"):
         dist.init_process_group("gloo", timeout=TIMEOUT)
         yield group
+        # Or FSDP2's groups, which are cyclic, would hold gloo's threads until the interpreter ends,
+        # and now and then abort it, see https://github.com/pytorch/pytorch/pull/179291.
+        gc.collect()
         # Not after an exception: as soon as connections close the launcher ends all processes,
         # and this one has yet to say what happened.
         dist.destroy_process_group()
