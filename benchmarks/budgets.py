@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def commit(run: Mapping[str, Any]) -> str:
 
 
 def verdict(
-    name: str, ratio: float, budgets: Mapping[str, float], history: Sequence[str]
+    name: str, ratio: float, budgets: Mapping[str, float], history: Callable[[], Sequence[str]]
 ) -> str | None:
     """What is wrong with a ratio, if anything, and what to do."""
     if name not in budgets:
@@ -96,7 +96,7 @@ def verdict(
         return None
     return (
         f"{name}: {ratio:.3f} is over its budget of {budgets[name]:.3f}; "
-        f"history: {', '.join(history) or 'none saved'}"
+        f"history: {', '.join(history()) or 'none saved'}"
     )
 
 

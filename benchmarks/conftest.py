@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -166,7 +167,7 @@ def gate(
         line = [name, f"{found.ratio:.2f}", quartiles, most, f"{1e3 * found.seconds:.2f} ms", to]
         record_property("ratio", line)
         if allowed is not None:
-            earlier = budgets.history(name, device, storage(pytestconfig))
+            earlier = partial(budgets.history, name, device, storage(pytestconfig))
             if wrong := budgets.verdict(name, found.ratio, allowed, earlier):
                 pytest.fail(wrong, pytrace=False)
 

@@ -111,8 +111,8 @@ def join() -> Iterator[Group]:
     with group.watched(lambda: "training had not begun"):
         dist.init_process_group("gloo", timeout=TIMEOUT)
         yield group
-        # Or FSDP2's groups, which are cyclic, would hold gloo's threads until the interpreter ends,
-        # and now and then abort it, see https://github.com/pytorch/pytorch/pull/179291.
+        # FSDP2's groups are cyclic. Left to the end of the interpreter, while gloo's threads still
+        # run, they now and then abort it, see https://github.com/pytorch/pytorch/pull/179291.
         gc.collect()
         # Not after an exception: as soon as connections close the launcher ends all processes,
         # and this one has yet to say what happened.
