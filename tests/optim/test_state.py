@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from gcfunc import GC, optim
 from tests.cases import Params
-from tests.optimizers import (
+from tests.optim.training import (
     EXACT,
     PLAIN,
     copies,

@@ -7,7 +7,7 @@ from typing import Any
 import jupytext  # type: ignore[import-untyped]
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 PAGES = sorted(FOLDER.glob("*.ipynb"))
 
 

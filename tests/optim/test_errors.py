@@ -14,7 +14,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from gcfunc import GC, optim
-from tests.optimizers import difference, leaves, require_same_state, saved, set_grads, train, values
+from tests.optim.training import (
+    difference,
+    leaves,
+    require_same_state,
+    saved,
+    set_grads,
+    train,
+    values,
+)
 
 CLASSES = ["SGD", "Adam", "AdamW", "Adagrad", "RAdam"]
 ADAMS = ["Adam", "AdamW", "RAdam"]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from gcfunc.recipes.cli import main
 from gcfunc.recipes.train import Run, Trainer
-from tests.test_recipes import results, same, train, untimed, weights
+from tests.recipes.test_recipes import results, same, train, untimed, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -44,7 +44,7 @@ def torchrun(size: int, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
     Or this module with them, ``(rank, step, what, *arguments)``: what happens to one after a step.
     """
-    module = "gcfunc" if arguments[0] == "train" else "tests.test_recipes_distributed"
+    module = "gcfunc" if arguments[0] == "train" else "tests.recipes.test_distributed"
     # The loopback interface: lo on Linux, lo0 on macOS.
     interfaces = [name for _, name in socket.if_nameindex()]
     process = subprocess.Popen(
@@ -52,7 +52,7 @@ def torchrun(size: int, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(size), "-m", module, *arguments),
         ],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if "lo" in interfaces else "lo0"},
         stdout=subprocess.PIPE,

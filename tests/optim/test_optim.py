@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 import gcfunc
 from gcfunc import GC, optim
 from gcfunc._plan import Plan
-from tests import test_golden as golden
+from tests.algorithms import test_golden as golden
 from tests.cases import Params, largest_difference, random_like
-from tests.optimizers import (
+from tests.optim.training import (
     EXACT,
     PLAIN,
     New,

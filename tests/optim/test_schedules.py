@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from gcfunc import optim
-from tests.optimizers import (
+from tests.optim.training import (
     EXACT,
     Options,
     copies,

@@ -1,7 +1,8 @@
 """Every trajectory of the reference optimizers, in float64.
 
-``golden/reference_trajectories.npz`` holds params of the classes in the code of arXiv 2004.01461,
-both generations (``GC_code`` and ``algorithm-GC``), after 1, 2, 6 and 12 steps on random gradients.
+``tests/golden/reference_trajectories.npz`` holds params of the classes in the code of arXiv
+2004.01461, both generations (``GC_code`` and ``algorithm-GC``), after 1, 2, 6 and 12 steps on
+random gradients.
 """
 
 import json
@@ -18,7 +19,7 @@ import gcfunc
 from gcfunc import GC, Optimizer
 from tests.cases import Params, largest_difference
 
-with np.load(Path(__file__).parent / "golden" / "reference_trajectories.npz") as archive:
+with np.load(Path(__file__).parents[1] / "golden" / "reference_trajectories.npz") as archive:
     ARCHIVE = dict(archive)
 MANIFEST = json.loads(str(ARCHIVE["manifest"]))
 CASES: list[dict[str, Any]] = MANIFEST["cases"]
