@@ -1,35 +1,18 @@
-"""Every trajectory of the reference optimizers, in float64.
+"""Our steps against every trajectory of the reference optimizers."""
 
-``tests/golden/reference_trajectories.npz`` holds params of the classes in the code of arXiv
-2004.01461, both generations (``GC_code`` and ``algorithm-GC``), after 1, 2, 6 and 12 steps on
-random gradients.
-"""
-
-import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 
 import gcfunc
 from gcfunc import GC, Optimizer
-from tests.cases import Params, largest_difference
+from tests.cases import Params
+from tests.golden import CASES, MANIFEST, SINGLE, error, ids, is_quirk, tensors
 
-with np.load(Path(__file__).parents[1] / "golden" / "reference_trajectories.npz") as archive:
-    ARCHIVE = dict(archive)
-MANIFEST = json.loads(str(ARCHIVE["manifest"]))
-CASES: list[dict[str, Any]] = MANIFEST["cases"]
 EXACT = 1e-12
-# The reference's RAdam and Ranger compute in float32 whatever the parameters are.
-SINGLE = 1e-6
-
-
-def tensors(prefix: str) -> Params:
-    return {name: torch.from_numpy(ARCHIVE[f"{prefix}/{name}"]) for name in MANIFEST["shapes"]}
 
 
 def build(case: Mapping[str, Any], gc: GC | Literal["own"] | None = "own") -> Optimizer:
@@ -79,25 +62,6 @@ def trajectory(
         params, state = opt.step(params, tensors(f"grad/{t}"), state)
         if t in MANIFEST["saved"]:
             yield t, params
-
-
-def error(case: Mapping[str, Any], ours: Iterator[tuple[int, Params]]) -> float:
-    """The largest difference over all saved steps."""
-    errors = [largest_difference(p, tensors(f"{case['key']}/{t}")) for t, p in ours]
-    assert len(errors) == len(MANIFEST["saved"])
-    return max(errors)
-
-
-def is_quirk(case: Mapping[str, Any]) -> bool:
-    """The reference's RAdam and Ranger, except at the gradient without decay, and its Lookahead."""
-    h = case["hyperparameters"]
-    if case["optimizer"] in ("RAdam", "Ranger"):
-        return bool(h["weight_decay"] or not h["gc_loc"])
-    return bool(case["optimizer"] == "Lookahead(SGD)")
-
-
-def ids(case: Mapping[str, Any]) -> str:
-    return f"{case['key']}-{case['source']}-{case['optimizer']}"
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not is_quirk(c)], ids=ids)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import gcfunc
 from gcfunc import GC, optim
 from gcfunc._plan import Plan
-from tests.algorithms import test_golden as golden
+from tests import golden
 from tests.cases import Params, largest_difference, random_like
 from tests.optim.training import (
     EXACT,
