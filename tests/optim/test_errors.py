@@ -3,12 +3,11 @@
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -334,15 +333,7 @@ def test_a_closure_that_fails_changes_nothing(compiled: bool) -> None:
     assert not opt.state
 
 
-@pytest.fixture
-def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("originals", [False, True])
 def test_flattened_parameters_are_refused(originals: bool) -> None:
     with warnings.catch_warnings():
