@@ -204,7 +204,6 @@ def test_bad_input_is_refused_and_changes_nothing(name: str) -> None:
 
 # Hyperparameters out of bounds
 
-
 NON_NEGATIVE = "a finite number >= 0"
 BOUNDS = {
     "lr": NON_NEGATIVE,

@@ -1,0 +1,129 @@
+"""With GC the drop-ins are the functional steps, lookahead and Ranger too."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gcfunc
+from gcfunc import GC, optim
+from tests.cases import largest_difference, random_like
+from tests.optim.training import (
+    EXACT,
+    PLAIN,
+    Options,
+    copies,
+    difference,
+    leaves,
+    set_grads,
+    train,
+    values,
+)
+
+# Functional twins, to compare with where there is no class of torch's: with GC.
+TWINS: dict[str, tuple[str, Options]] = {
+    **{kind: PLAIN[kind] for kind in ("SGD, momentum", "Adam, amsgrad", "AdamW", "RAdam")},
+    "SGDW": ("SGDW", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    "Adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
+    "Ranger": ("Ranger", {"lr": 0.1, "weight_decay": 0.1, "k": 3, "alpha": 0.7}),
+}
+WITH: dict[str, Any] = {
+    "gc": "gc",
+    "gcc": "gcc",
+    "at the update": GC("gc", at="update"),
+    "a predicate": GC(lambda name, p: name == "linear.weight"),
+    "a mask": GC({name: "linear" in name for name in leaves()}),
+    "units": GC(lambda name, p: name == "linear.weight" and gcfunc.Units(dim=1)),
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+@pytest.mark.parametrize("gc", WITH.values(), ids=WITH.keys())
+def test_equals_the_functional_step(gc: Any, kind: str) -> None:
+    name, options = TWINS[kind]
+    start = leaves()
+    results = []
+    for choice in (gc, None):
+        own = copies(start)
+        train(getattr(optim, name)(own.items(), **options, gc=choice), own, range(6))
+        results.append(own)
+    functional = {k: v for k, v in options.items() if k != "maximize"}
+    opt = getattr(gcfunc, name.lower())(**functional, gc=gc)
+    params = {n: p.detach() for n, p in start.items()}
+    state = opt.init(params)
+    for seed in range(6):
+        grads = random_like(params, seed)
+        if options.get("maximize"):
+            grads = {n: -g for n, g in grads.items()}
+        params, state = opt.step(params, grads, state)
+    with torch.no_grad():
+        assert largest_difference(params, results[0]) <= EXACT
+        assert largest_difference(params, results[1]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_gradients_are_never_written(kind: str) -> None:
+    name, options = TWINS[kind]
+    params = leaves()
+    options = options | {"weight_decay": 0.1, "maximize": True}
+    opt = getattr(optim, name)(params.values(), **options, gc="gc")
+    for seed in range(3):
+        set_grads(params, seed)
+        given = {name: p.grad for name, p in params.items()}
+        versions = [g._version for g in given.values() if g is not None]
+        opt.step()
+        assert all(p.grad is given[name] for name, p in params.items())
+        assert versions == [g._version for g in given.values() if g is not None]
+        want = random_like(params, seed)
+        assert all(torch.equal(g, want[name]) for name, g in given.items() if g is not None)
+
+
+INNER: dict[str, tuple[str, Options]] = TWINS | {"SGD": PLAIN["SGD"]}
+del INNER["Ranger"]
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_lookahead_equals_the_functional_one(kind: str) -> None:
+    name, options = INNER[kind]
+    options = {option: value for option, value in options.items() if option != "maximize"}
+    params = leaves()
+    inner = getattr(optim, name)(params.values(), **options, gc="gc")
+    opt = train(optim.Lookahead(inner, k=3, alpha=0.7), params, range(7))
+    functional = gcfunc.lookahead(getattr(gcfunc, name.lower())(**options, gc="gc"), k=3, alpha=0.7)
+    want = {n: p.detach() for n, p in leaves().items()}
+    state = functional.init(want)
+    for seed in range(7):
+        want, state = functional.step(want, random_like(want, seed), state)
+    assert difference(values(opt), [*want.values()]) <= EXACT
+    slow = [entry["slow_params"] for entry in opt.state.values()]
+    assert difference(slow, [*state.slots["slow_params"].values()]) <= EXACT
+    assert difference(slow, values(opt)) > 1e-3
+
+
+def test_lookahead_goes_on_where_its_inner_optimizer_was() -> None:
+    params = leaves()
+    inner = optim.Adam(params.values(), lr=0.1, gc="gc")
+    train(inner, params, range(2))
+    opt = train(optim.Lookahead(inner, k=3, alpha=0.7), params, range(2, 7))
+    functional = gcfunc.adam(0.1, gc="gc")
+    want = {n: p.detach() for n, p in leaves().items()}
+    state = functional.init(want)
+    for seed in range(7):
+        if seed == 2:
+            functional = gcfunc.lookahead(functional, k=3, alpha=0.7)
+            start = functional.init(want)
+            slots = {**start.slots, **state.slots}
+            state = start._replace(step=state.step, slots=slots)
+        want, state = functional.step(want, random_like(want, seed), state)
+    assert difference(values(opt), [*want.values()]) <= EXACT
+
+
+def test_ranger_is_lookahead_over_radam() -> None:
+    """With Ranger's defaults."""
+    params, same = leaves(), leaves()
+    train(optim.Ranger(params.values(), gc="gc"), params, range(13))
+    inner = optim.RAdam(
+        same.values(), 1e-3, (0.95, 0.999), 1e-5, decoupled_weight_decay=True, gc="gc"
+    )
+    train(optim.Lookahead(inner, k=6, alpha=0.5), same, range(13))
+    assert difference([*params.values()], [*same.values()]) <= EXACT
