@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from gcfunc.recipes.cli import main
 from gcfunc.recipes.train import Run, Trainer
-from tests.recipes.test_recipes import results, same, train, untimed, weights
+from tests.recipes.command import results, same, train, untimed, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
