@@ -57,7 +57,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gcfunc
 from benchmarks import measure, peers, processes
 from gcfunc import GC
-from gcfunc.compile import Donated
+from gcfunc._compiled.compile import Donated
 from gcfunc.hooks import centralize_backward, register_ddp
 
 Counts = dict[str, int]
@@ -145,7 +145,9 @@ def functional(
         nonlocal params, state
         params, state = opt.step(params, grads, state)
 
-    found = count(Stepping(change, step, opt.graphs.values if isinstance(opt, Donated) else tuple))
+    found = count(
+        Stepping(change, step, opt.planned.graphs.values if isinstance(opt, Donated) else tuple)
+    )
     if found["calls"] == 1:
         passes = 3 + 2 * len(state.slots)
         found["bytes_least"] = passes * sum(p.nbytes for p in plain.values())
@@ -163,8 +165,8 @@ def drop_in(algorithm: str, gc: str) -> Counts:
             p.grad = torch.randn_like(p)
 
     def graphs() -> Iterable[Any]:
-        held: dict[Any, dict[Any, Any]] = optimizer._graphs  # type: ignore[attr-defined]
-        return [graph for by_key in held.values() for graph in by_key.values()]
+        held: dict[Any, Any] = optimizer._functionals  # type: ignore[attr-defined]
+        return [graph for _, graphs in held.values() for graph in graphs.values()]
 
     return count(Stepping(change, optimizer.step, graphs))
 
@@ -234,7 +236,7 @@ def count(stepping: Stepping, *, allocations: bool = True) -> Counts:
         stepping.change(STEPS)
         events = profiled(stepping.step)
         total = compiled()
-    ahead = sum(len(graph._variants) for graph in stepping.graphs())
+    ahead = sum(len(graph.variants) for graph in stepping.graphs())
     found = {
         "graphs": graphs,
         "graph_breaks": total.graph_breaks,

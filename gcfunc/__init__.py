@@ -3,21 +3,29 @@
 from importlib.metadata import version as _version
 
 from gcfunc import hooks, optim
-from gcfunc._optimizer import Optimizer
-from gcfunc._types import GC, State, update_hyperparams
-from gcfunc.adagrad import adagrad
-from gcfunc.adam import adam, adamw
-from gcfunc.centralize import Units, centralize
-from gcfunc.checkpoint import load_state_dict, state_dict
-from gcfunc.compile import compile  # noqa: A004
-from gcfunc.groups import layerwise_lr, layerwise_lr_groups, no_decay, no_decay_groups
-from gcfunc.lookahead import lookahead, ranger
-from gcfunc.pack import pack, unpack
-from gcfunc.partition import partition
-from gcfunc.radam import radam
-from gcfunc.select import select
-from gcfunc.sgd import sgd, sgdw
-from gcfunc.train_step import TrainState, train_step
+from gcfunc._algorithms.adagrad import adagrad
+from gcfunc._algorithms.adam import adam, adamw
+from gcfunc._algorithms.groups import (
+    layerwise_lr,
+    layerwise_lr_groups,
+    no_decay,
+    no_decay_groups,
+)
+from gcfunc._algorithms.lookahead import lookahead, ranger
+from gcfunc._algorithms.partition import partition
+from gcfunc._algorithms.radam import radam
+from gcfunc._algorithms.sgd import sgd, sgdw
+from gcfunc._centralization.centralize import centralize
+from gcfunc._centralization.formula import Units
+from gcfunc._centralization.pack import pack, unpack
+from gcfunc._centralization.select import select
+from gcfunc._centralization.where import GC
+from gcfunc._compiled.compile import compile  # noqa: A004
+from gcfunc._step.checkpoint import load_state_dict, state_dict
+from gcfunc._step.hyperparams import update_hyperparams
+from gcfunc._step.optimizer import Optimizer
+from gcfunc._step.state import State
+from gcfunc._training.step import TrainState, train_step
 
 __all__ = [
     "GC",

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import gcfunc
-from gcfunc.centralize import Where
+from gcfunc._centralization.where import Where
 from tests.cases import largest_difference
 
 BATCH = 8

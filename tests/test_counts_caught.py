@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import gcfunc
 from benchmarks import counts
-from gcfunc.centralize import centralize_list, centralize_one
-from gcfunc.compile import INDUCTOR_OPTIONS, Donated
+from gcfunc._centralization.kinds import centralize_list, centralize_one
+from gcfunc._compiled.graph import INDUCTOR_OPTIONS
+from gcfunc._compiled.planned import Planned
 from tests.processes import Processes
 
 Run = Callable[[], counts.Counts]
@@ -79,7 +80,7 @@ def test_a_graph_break(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
         torch._dynamo.graph_break()
         return centralize_list(*args)
 
-    monkeypatch.setattr("gcfunc._pipeline.centralize_list", broken)
+    monkeypatch.setattr("gcfunc._algorithms.pipeline.centralize_list", broken)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break") as raised:
         run("--cases", "sgd")
     assert raised.value.__notes__ == ["in case sgd"]
@@ -133,7 +134,9 @@ def test_gradients_in_another_layout() -> None:
         g = torch.randn(8, 8)
         grads = {"w": g.t() if t % 2 else g}
 
-    stepping = counts.Stepping(change, lambda: opt.step(params, grads, state), opt.graphs.values)
+    stepping = counts.Stepping(
+        change, lambda: opt.step(params, grads, state), opt.planned.graphs.values
+    )
     turned = counts.count(stepping)
     assert (turned["graphs"], turned["recompiles"], turned["cache_entries"]) == (1, 1, 2)
     assert {"recompiles", "cache_entries"} <= differing("sgd", turned)
@@ -150,13 +153,13 @@ def test_what_is_written_and_read_again(
 
 
 def test_an_allocation(found: dict[str, counts.Counts], monkeypatch: pytest.MonkeyPatch) -> None:
-    step_flat = Donated.step_flat
+    step = Planned.step
 
     def allocating(*args: Any) -> None:
         torch.empty(10)
-        step_flat(*args)
+        step(*args)
 
-    monkeypatch.setattr(Donated, "step_flat", allocating)
+    monkeypatch.setattr(Planned, "step", allocating)
     more = RUNS["sgd"]()
     assert differing("sgd", more) == {"allocations", "allocated_bytes"}
     assert more["allocations"] == found["sgd"]["allocations"] + 1
@@ -169,7 +172,7 @@ def all_reducing(case: str) -> counts.Counts:
         return centralize_one(grad, unit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gcfunc.hooks.centralize_one", centralize)
+        patch.setattr("gcfunc.hooks.mechanisms.centralize_one", centralize)
         return counts.collectives(case)
 
 

@@ -70,11 +70,11 @@ def test_equals_the_reference(case: dict[str, Any]) -> None:
     tolerance = SINGLE if case["optimizer"] in ("RAdam", "Ranger") else EXACT
     assert error(case, trajectory(case, opt, tensors("init"))) < tolerance
 
-    rule = opt.rules[""]
-    if rule.gc is not None:
-        # Not what the same optimizer does without GC, nor with the other rule.
-        other = "gc" if rule.gc.where == "gcc" else "gcc"
-        for gc in (None, GC(other, rule.gc.at)):
+    algorithm = opt.algorithms[""]
+    if algorithm.gc is not None:
+        # Not what the same optimizer does without GC, nor with the other algorithm.
+        other = "gc" if algorithm.gc.where == "gcc" else "gcc"
+        for gc in (None, GC(other, algorithm.gc.at)):
             assert error(case, trajectory(case, build(case, gc), tensors("init"))) > 1e-4
 
 

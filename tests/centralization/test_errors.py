@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
         "model must be a torch.nn.Module, got type",
     ),
     "select by an unknown rule": (
-        lambda: gcfunc.select(MODEL, "conv"),  # type: ignore[arg-type]
+        lambda: gcfunc.select(MODEL, "conv"),
         ValueError,
         "where must be one of 'gc', 'gcc', got 'conv'",
     ),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import gcfunc
-from gcfunc._plan import _repeats
+from gcfunc._compiled.repeats import repeats
 from tests.cases import Params, largest_difference, random_like
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -64,10 +64,10 @@ def test_compiling_follows_the_kinds_of_tensors_not_their_number() -> None:
     ],
 )
 def test_parts(counts: tuple[int, ...], compiled: int, called: int) -> None:
-    parts = _repeats(counts)
-    assert tuple(sum(r * taken[i] for r, taken in parts) for i in range(len(counts))) == counts
-    assert sum(sum(taken) for _, taken in parts) <= compiled
-    assert sum(r for r, _ in parts) <= called
+    found = repeats(counts)
+    assert tuple(sum(r * taken[i] for r, taken in found) for i in range(len(counts))) == counts
+    assert sum(sum(taken) for _, taken in found) <= compiled
+    assert sum(r for r, _ in found) <= called
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gcfunc
-from gcfunc.centralize import Where
+from gcfunc._centralization.where import Where
 from gcfunc.hooks import centralize_backward
 from tests.distributed import gradients, require_same
 

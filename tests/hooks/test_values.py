@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import gcfunc
 from gcfunc import Units
-from gcfunc.centralize import Where
+from gcfunc._centralization.where import Where
 from gcfunc.hooks import centralize_backward
 from tests.distributed import gradients
 from tests.hooks.models import cnn, loss_of, mlp, random, require_centralized

@@ -1,7 +1,6 @@
 """When the drop-ins compile, that they do it once, and what happens where they cannot."""
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -10,24 +9,26 @@ from torch._dynamo.utils import counters
 
 import gcfunc
 from gcfunc import optim
-from gcfunc._plan import Plan
+from gcfunc._compiled import planned
+from gcfunc._compiled.plan import Plan
+from gcfunc.optim import base, inplace
 from tests.optim.training import EXACT, copies, difference, leaves, set_grads, train, values
 
 
 class Calls:
-    """Stands in for gcfunc.compile: counts, over all copies, and does not compile."""
+    """Stands in for compiled steps: counts, over all of them, and does not compile."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.made: list[gcfunc.Optimizer] = []
         self.called: list[int] = []
         self._error = error
 
-    def __call__(self, opt: gcfunc.Optimizer) -> "Calls":
+    def __call__(self, opt: gcfunc.Optimizer, _: Any, graphs: Any, projections: Any) -> "Calls":
         self.made.append(opt)
-        self._eager = optim._eager(opt)
+        self._eager = inplace.eager(opt, projections)
         return self
 
-    def step_flat(self, flat: Any, grads: Any, state: Any) -> None:
+    def step(self, flat: Any, grads: Any, state: Any) -> None:
         self.called.append(len(grads))
         if self._error:
             raise self._error
@@ -47,10 +48,10 @@ class Calls:
 def test_large_models_are_compiled_by_default(
     asked: bool | None, least: int, compiled: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert optim.COMPILE_FROM == 1_000_000
+    assert base.COMPILE_FROM == 1_000_000
     calls = Calls()
-    monkeypatch.setattr(optim, "compile", calls)
-    monkeypatch.setattr(optim, "COMPILE_FROM", least)
+    monkeypatch.setattr(inplace, "Planned", calls)
+    monkeypatch.setattr(base, "COMPILE_FROM", least)
     params = {"a": torch.zeros(6, 7), "b": torch.zeros(5)}
     for p in params.values():
         p.requires_grad_()
@@ -65,8 +66,8 @@ Failure = torch._dynamo.exc.BackendCompilerFailed
 
 def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(Failure(lambda: None, RuntimeError("no compiler"), None))
-    monkeypatch.setattr(optim, "compile", calls)
-    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    monkeypatch.setattr(inplace, "Planned", calls)
+    monkeypatch.setattr(base, "COMPILE_FROM", 1)
     params, same = leaves(), leaves()
     opt = optim.Adam(params.values(), gc="gc")
     set_grads(params, 0)
@@ -79,11 +80,11 @@ def test_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_falls_back_where_there_is_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(opt: gcfunc.Optimizer) -> None:
+    def unsupported(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("torch.compile is not supported on Python 4")
 
-    monkeypatch.setattr(optim, "compile", unsupported)
-    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    monkeypatch.setattr(torch, "compile", unsupported)
+    monkeypatch.setattr(base, "COMPILE_FROM", 1)
     params = leaves()
     opt = optim.Adam(params.values(), gc="gc")
     with pytest.warns(UserWarning, match=r"not compiled.*Python 4.*compile=False says so"):
@@ -98,7 +99,7 @@ def test_falls_back_where_there_is_no_compiling(monkeypatch: pytest.MonkeyPatch)
 def test_falls_back_without_a_c_compiler(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    monkeypatch.setattr(base, "COMPILE_FROM", 1)
     nowhere = {"cpp.cxx": ("/nowhere/c++",), "fx_graph_cache": False}
     with torch._inductor.config.patch(nowhere):
         params = {"weight": torch.zeros(4, 3, dtype=dtype).requires_grad_()}
@@ -110,7 +111,7 @@ def test_falls_back_without_a_c_compiler(
 
 def test_compile_true_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = Failure(lambda: None, RuntimeError("no compiler"), None)
-    monkeypatch.setattr(optim, "compile", Calls(failure))
+    monkeypatch.setattr(inplace, "Planned", Calls(failure))
     params = leaves()
     opt = optim.SGD(params.values(), lr=0.1, momentum=0.9, compile=True)
     before = values(opt)
@@ -134,8 +135,8 @@ def test_groups_that_are_alike_share_a_graph_and_loading_keeps_it() -> None:
 
 def test_a_failing_compiler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(Failure(lambda: None, RuntimeError("no compiler"), None))
-    monkeypatch.setattr(optim, "compile", calls)
-    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
+    monkeypatch.setattr(inplace, "Planned", calls)
+    monkeypatch.setattr(base, "COMPILE_FROM", 1)
     params = leaves()
     opt = optim.Adam([{"params": [p]} for p in params.values()], gc="gc")
     with pytest.warns(UserWarning, match="no compiler") as warned:
@@ -154,7 +155,7 @@ def test_parameters_of_several_ages_do_not_plan_anew_in_every_step(
             plans.append(self)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["gcfunc.compile"], "Plan", Counted)
+    monkeypatch.setattr(planned, "Plan", Counted)
     params = leaves()
     late = next(iter(params.values()))
     opt = optim.AdamW(params.values(), compile=True, gc="gc")

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import gcfunc
 from gcfunc import GC, Optimizer, State
-from gcfunc._foreach import under_vmap
+from gcfunc._tensors.lists import under_vmap
 from tests.cases import ALGORITHMS, Params, largest_difference
 
 # torch's forward mode itself calls what it deprecates.

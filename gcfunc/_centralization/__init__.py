@@ -1,0 +1,1 @@
+"""Gradient centralization: the formula, which weights it applies to, and on what they lie."""

@@ -1,0 +1,105 @@
+"""One compiled graph, and what torch.compile is told for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gcfunc._step.bucket import Bucket
+
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    # By default Inductor writes the moments to memory and reads them again for the parameter, as
+    # the 0-d scalars they are made of count as reads.
+    "realize_reads_threshold": 64,
+    "realize_opcount_threshold": 256,
+    # Likewise after many reads: Lookahead would write its fast weights, AdamW a part of its update.
+    "realize_acc_reads_threshold": 64,
+    # A product and a sum rounded once, as in torch's own kernels: fewer instructions.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # The plan and Dynamo's guards have just checked the same sizes and strides.
+    "size_asserts": False,
+}
+"""What :func:`compile` tells Inductor, for its own graphs alone."""
+
+
+def compile_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for :func:`torch.compile`: ours, and those that a user gave."""
+    kwargs = {"fullgraph": True, **given}
+    if kwargs.get("backend", "inductor") == "inductor":
+        # torch.compile takes either a mode or options.
+        mode = torch._inductor.list_mode_options(kwargs.pop("mode", None) or "default")
+        known = {*torch._inductor.list_options()}  # it refuses what this version does not have
+        ours = {option: value for option, value in INDUCTOR_OPTIONS.items() if option in known}
+        kwargs["options"] = ours | mode | (kwargs.get("options") or {})
+    # torch.compile counts compilations by piece of source, whichever function it was called with,
+    # and refuses the ninth. Every model's graph is made from one piece of ours, so that the ninth
+    # model would be refused. Since 2.13 it can be told to count them apart.
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        kwargs.setdefault("isolate_recompiles", True)
+    return kwargs
+
+
+class Graph:
+    """A function that updates in place, compiled for each layout that its gradients come in."""
+
+    def __init__(
+        self, function: Callable[..., Any], kwargs: dict[str, Any], *, ahead: bool
+    ) -> None:
+        if ahead:
+            only = {"guard_filter_fn": _about_gradients}
+            kwargs |= {"options": kwargs["options"] | only}
+        self._compiled: Any = torch.compile(function, **kwargs)
+        self._ahead = ahead
+        self.variants: list[Any] = []
+
+    def ready(self, arguments: tuple[Any, ...]) -> Any:
+        """The function compiled for such arguments; nothing is written."""
+        if not self._ahead:
+            return self._compiled  # torch.compile traces it when it is called
+        for variant in self.variants:
+            if variant.guard_check(*arguments):
+                return variant
+        variant = self._compiled.aot_compile((arguments, {}))
+        variant.disable_guard_check()  # just done, and a third of the price of a call
+        self.variants.append(variant)
+        return variant
+
+
+def compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
+    """Whether to call what Inductor made directly, without Dynamo's dispatch.
+
+    That is less than half the price for hundreds of tensors: a plan has checked params and state
+    already. Measured and tested on the CPU. Not for float64, where Dynamo takes 0-d tensors for
+    Python numbers, then starts anew, which ``aot_compile`` cannot.
+    """
+    options = kwargs.get("options") or {}
+    return (
+        kwargs.get("backend", "inductor") == "inductor"
+        and not {"triton.cudagraphs", "guard_filter_fn"} & {k for k, v in options.items() if v}
+        and all(b.device.type == "cpu" and b.dtype is not torch.float64 for b in buckets)
+        # All processes must talk in one order, however their shards differ.
+        and not any(p is not None and p.communicates for b in buckets for p in b.projections)
+        and kwargs["fullgraph"]
+        and not kwargs.get("disable")
+        and not torch._inductor.config.force_disable_caches
+        and hasattr(torch.compile(_about_gradients), "aot_compile")
+    )
+
+
+def _about_gradients(guards: Sequence[Any]) -> list[bool]:
+    """Of Dynamo's guards, those on gradients and on global settings such as the threads."""
+    kept = ["grads" in guard.name for guard in guards]
+    if not any(kept):
+        raise RuntimeError("torch.compile guards no gradient under its name")
+    return [
+        about or guard.guard_type == "GLOBAL_STATE"
+        for about, guard in zip(kept, guards, strict=True)
+    ]
+
+
+def require_torch_compile() -> None:
+    """Raise RuntimeError where torch.compile knows neither this Python nor this platform."""
+    torch.compile(_about_gradients)

@@ -1,0 +1,113 @@
+"""Steps in place: planned once for the tensors that come, and then called again and again.
+
+Three caches lie behind one another, from the cheapest to ask to the dearest to fill.
+
+1. The latest plan, for the very same tensors. :meth:`Plan.serves` compares identities, addresses,
+   shapes and which gradients are missing. Another model, or a parameter that was moved, needs a
+   new plan: checks, groups, ``where``, views.
+2. Graphs by the key of a substep, which holds shapes, strides, dtypes and projections and none of
+   the tensors. A plan compiles only what none has compiled before. Several ``Planned`` may share
+   them, as the parameter groups of one ``torch.optim.Optimizer`` do.
+3. Within a graph, code for each layout of the gradients, which Dynamo's guards tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from gcfunc._compiled.graph import Graph, compiles_ahead
+from gcfunc._compiled.plan import Plan
+from gcfunc._compiled.substep import SubStep
+from gcfunc._step.bucket import Bucket, Projections
+from gcfunc._step.optimizer import Optimizer
+from gcfunc._step.state import State
+from gcfunc._tensors.check import require_tensors
+from gcfunc._tensors.trees import FlatTree
+
+Graphs = dict[Any, Graph]
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Planned:
+    """An optimizer's steps in place, on trees that were taken apart.
+
+    Args:
+        opt: The optimizer.
+        kwargs: What :func:`torch.compile` is called with.
+        graphs: Compiled graphs to share with others of the same optimizer.
+        projections: As in :meth:`Optimizer.buckets`, for who steps the same leaves ever again.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        kwargs: dict[str, Any],
+        graphs: Graphs | None = None,
+        projections: Projections | None = None,
+    ) -> None:
+        self._opt = opt
+        self._kwargs = kwargs
+        self.graphs: Graphs = {} if graphs is None else graphs
+        self._projections = projections
+        self._serving: tuple[Plan, list[Graph]] | None = None
+
+    def step(self, flat: FlatTree, gs: Sequence[Tensor | None], state: State) -> None:
+        """One step, under :func:`torch.no_grad`."""
+        plan, graphs = self._plan_for(flat, gs, state)
+        try:
+            self._call(plan, graphs, gs, state)
+        except Exception:
+            # A trace that failed says so in torch's words; if it was the user's input, in ours.
+            self._opt.buckets(flat, gs, state, self._projections)
+            raise
+
+    def _plan_for(
+        self,
+        flat: FlatTree,
+        gs: Sequence[Tensor | None],
+        state: State,
+        besides: Mapping[str, Tensor] = NOTHING,
+    ) -> tuple[Plan, list[Graph]]:
+        """The latest plan and its graphs, or new ones; ``besides`` is written in the same step."""
+        serving = self._serving  # read once: another thread may step another model
+        if serving is None or not serving[0].serves(flat, gs, state, besides.values()):
+            require_tensors(flat.names, flat.leaves, "params")
+            buckets = self._opt.buckets(flat, gs, state, self._projections)
+            ahead = self._compiles_ahead(buckets)
+            plan = Plan(buckets, flat, gs, state, split=ahead, besides=besides.values())
+            own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]
+            serving = self._serving = plan, own
+        return serving
+
+    def _compiles_ahead(self, buckets: Sequence[Bucket]) -> bool:
+        return compiles_ahead(self._kwargs, buckets)
+
+    def _graph_for(
+        self, substep: SubStep, flat: FlatTree, besides: Mapping[str, Tensor], ahead: bool
+    ) -> Graph:
+        if substep.key not in self.graphs:
+            # Dynamo would take a second model's sizes for the first one's changing.
+            kwargs = self._kwargs | {"dynamic": False}
+            self.graphs[substep.key] = Graph(substep.update(), kwargs, ahead=ahead)
+        return self.graphs[substep.key]
+
+    def _call(
+        self,
+        plan: Plan,
+        graphs: Sequence[Graph],
+        gs: Sequence[Tensor | None],
+        state: State,
+        *more: Any,
+    ) -> list[Any]:
+        """Call each substep's graph, with ``more`` after its own arguments, and count."""
+        count = state.step + 1
+        arguments = [(*own, *more) for own in plan.arguments(gs, count, state)]
+        # All are compiled before the first one writes.
+        calls = [graph.ready(own) for graph, own in zip(graphs, arguments, strict=True)]
+        results = [call(*own) for call, own in zip(calls, arguments, strict=True)]
+        state.step.copy_(count)
+        return results
