@@ -1,4 +1,4 @@
-"""Models and a batch that processes share, and what one process makes of the whole."""
+"""A model and a batch that processes share, and what one process makes of the whole."""
 
 from collections.abc import Mapping
 
@@ -7,79 +7,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 import gcfunc
 from gcfunc._centralization.where import Where
 from tests.cases import largest_difference
+from tests.models import Net
 
 BATCH = 8
-
-
-class Net(nn.Module):
-    """Convolutions, linear layers and a position table, of rows that no two processes share."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 5, 3)
-        self.conv2 = nn.Conv2d(5, 3, 3)
-        self.positions = nn.Parameter(torch.randn(1, 48))
-        self.fc = nn.Linear(48, 7)
-        self.out = nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv(x)))).flatten(1)
-        return self.out(torch.tanh(self.fc(x + self.positions)))
-
-
-class Tied(Net):
-    """The last layer is used twice, and its weight a third time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return self.out(F.linear(x, self.out.weight.t()))
-
-
-class WithUnused(Net):
-    """Two parameters get no gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(4, 4)
-
-
-class Strided(Net):
-    """Weights in channels_last, transposed, and with gaps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        filters = torch.randn(3, 5, 3, 3, dtype=torch.float64)
-        self.conv2.weight = nn.Parameter(filters.to(memory_format=torch.channels_last))
-        self.fc.weight = nn.Parameter(torch.randn(48, 7, dtype=torch.float64).t())
-        self.out.weight = nn.Parameter(torch.randn(3, 9, dtype=torch.float64)[:, :7])
-
-
-class Checkpointed(Net):
-    """The first half is computed again in the backward pass."""
-
-    reentrant: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.requires_grad_()  # the reentrant kind wants an input that requires grad
-        x = checkpoint(
-            lambda x: F.relu(self.conv2(F.relu(self.conv(x)))).flatten(1),
-            x,
-            use_reentrant=self.reentrant,
-        )
-        return self.out(torch.tanh(self.fc(x + self.positions)))
-
-
-class CheckpointedReentrant(Checkpointed):
-    reentrant = True
-
-
-class CheckpointedOtherwise(Checkpointed):
-    reentrant = False
 
 
 def make(kind: type[Net]) -> Net:

@@ -13,7 +13,7 @@ import gcfunc
 from gcfunc.hooks import centralize_backward
 from tests.cases import largest_difference
 from tests.distributed import gradients, require_same
-from tests.hooks.models import Run, X, loss_of, mlp, require_centralized, require_different
+from tests.hooks.cases import Run, X, loss_of, mlp, require_centralized, require_different
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

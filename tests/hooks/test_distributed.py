@@ -18,20 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 import gcfunc
 from gcfunc.hooks import centralize_backward, ddp_comm_hook, register_ddp
 from tests.cases import largest_difference
-from tests.distributed import (
+from tests.distributed import backward, data, expected, gradients, make, mine, require_same
+from tests.models import (
     CheckpointedOtherwise,
     CheckpointedReentrant,
     Net,
     Strided,
     Tied,
     WithUnused,
-    backward,
-    data,
-    expected,
-    gradients,
-    make,
-    mine,
-    require_same,
 )
 from tests.processes import Processes
 

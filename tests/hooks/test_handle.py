@@ -22,7 +22,7 @@ import gcfunc
 from gcfunc.hooks import centralize_backward, register_ddp
 from tests.cases import largest_difference
 from tests.distributed import gradients, require_same
-from tests.hooks.models import (
+from tests.hooks.cases import (
     BOTH,
     F64,
     X,

@@ -14,7 +14,7 @@ import gcfunc
 from gcfunc.hooks import centralize_backward
 from tests.cases import largest_difference
 from tests.distributed import gradients, require_same
-from tests.hooks.models import X, loss_of, mlp
+from tests.hooks.cases import X, loss_of, mlp
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

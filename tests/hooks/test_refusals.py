@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gcfunc import Units
 from gcfunc.hooks import centralize_backward, ddp_comm_hook, register_ddp
-from tests.hooks.models import BOTH, SPARSE, hooks_on, mlp, of_one_process
+from tests.hooks.cases import BOTH, SPARSE, hooks_on, mlp, of_one_process
 
 pytestmark = pytest.mark.usefixtures("process_group", "seeded")
 

@@ -26,18 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gcfunc
 from gcfunc.hooks import centralize_backward, register_ddp
 from tests.cases import largest_difference
-from tests.distributed import (
-    CheckpointedOtherwise,
-    Net,
-    Tied,
-    backward,
-    data,
-    expected,
-    gradients,
-    make,
-    mine,
-    require_same,
-)
+from tests.distributed import backward, data, expected, gradients, make, mine, require_same
+from tests.models import CheckpointedOtherwise, Net, Tied
 from tests.processes import Processes
 
 

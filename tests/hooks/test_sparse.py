@@ -12,7 +12,7 @@ from gcfunc import Units
 from gcfunc.hooks import centralize_backward
 from tests.cases import largest_difference
 from tests.distributed import gradients, require_same
-from tests.hooks.models import SPARSE, loss_of
+from tests.hooks.cases import SPARSE, loss_of
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gcfunc
@@ -12,21 +11,10 @@ from gcfunc import Units
 from gcfunc._centralization.where import Where
 from gcfunc.hooks import centralize_backward
 from tests.distributed import gradients
-from tests.hooks.models import cnn, loss_of, mlp, random, require_centralized
+from tests.hooks.cases import loss_of, mlp, random, require_centralized
+from tests.models import ConvNet, TiedMLP
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-
-class Tied(nn.Module):
-    """One weight under two names, and used a third time without one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.b(torch.tanh(self.a(x)))), self.a.weight.t())
 
 
 class Shared(nn.Module):
@@ -71,7 +59,7 @@ def transformer() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP": (mlp, (5, 4)),
-    "CNN": (cnn, (5, 2, 5, 5)),
+    "CNN": (ConvNet, (5, 2, 5, 5)),
     "transformer": (transformer, (2, 5, 4)),
     "conv1d": (lambda: nn.Conv1d(2, 4, 3), (5, 2, 5)),
     "conv2d": (lambda: nn.Conv2d(2, 4, (3, 2)), (5, 2, 5, 5)),
@@ -82,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed, grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (5, 4, 5, 5)),
     "RNN": (lambda: nn.RNN(4, 3, num_layers=2), (5, 2, 4)),
     "LSTM": (lambda: nn.LSTM(4, 3, bidirectional=True), (5, 2, 4)),
-    "tied": (Tied, (5, 3)),
+    "tied": (lambda: TiedMLP(3), (5, 3)),
     "shared": (Shared, (5, 3)),
     "stolen view": (Positions, (1, 5, 4)),
 }
@@ -105,18 +93,18 @@ def test_mask_of_what_the_paper_means(name: str) -> None:
 
 
 WHERES: dict[str, tuple[Where, tuple[str, ...]]] = {
-    "gc": ("gc", ("0.weight", "4.weight")),
-    "gcc": ("gcc", ("0.weight",)),
-    "predicate": (lambda name, p: name == "4.weight", ("4.weight",)),
-    "predicate with units": (lambda name, p: Units(dim=1), ("0.weight", "4.weight")),
-    "mask": ({n: n == "0.weight" for n, _ in cnn().named_parameters()}, ("0.weight",)),
+    "gc": ("gc", ("conv.weight", "head.weight")),
+    "gcc": ("gcc", ("conv.weight",)),
+    "predicate": (lambda name, p: name == "head.weight", ("head.weight",)),
+    "predicate with units": (lambda name, p: Units(dim=1), ("conv.weight", "head.weight")),
+    "mask": ({n: n == "conv.weight" for n, _ in ConvNet().named_parameters()}, ("conv.weight",)),
 }
 
 
 @pytest.mark.parametrize("where", WHERES)
 def test_where(where: str) -> None:
     given, names = WHERES[where]
-    model, x = cnn().double(), random(5, 2, 5, 5)
+    model, x = ConvNet().double(), random(5, 2, 5, 5)
     require_centralized(model, lambda m: loss_of(m, x).backward(), given)
     assert centralize_backward(model, given).names == names
 
@@ -131,7 +119,7 @@ def test_linear_layer_that_stores_its_transpose() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(dtype: torch.dtype) -> None:
-    model, x = cnn().to(dtype), random(5, 2, 5, 5, dtype=dtype)
+    model, x = ConvNet().to(dtype), random(5, 2, 5, 5, dtype=dtype)
     require_centralized(model, lambda m: loss_of(m, x).backward())
     assert {g.dtype for g in gradients(model).values()} == {dtype}
 

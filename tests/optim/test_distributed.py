@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import gcfunc
 from tests.cases import Params, largest_difference
-from tests.distributed import Net, backward, data, make, mine, require_same, whole
+from tests.distributed import backward, data, make, mine, require_same, whole
+from tests.models import Net
 from tests.processes import Processes
 
 STEPS = 4

@@ -21,7 +21,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gcfunc
 from tests.cases import ALGORITHMS, Params, largest_difference, make_params, random_like
-from tests.distributed import Net, backward, data, make, mine
+from tests.distributed import backward, data, make, mine
+from tests.models import Net
 from tests.processes import Processes
 
 

@@ -12,38 +12,13 @@ from torch.utils import _pytree as pytree
 import gcfunc
 from gcfunc import GC, Optimizer, TrainState
 from tests.cases import Params, largest_difference
+from tests.models import ConvNet, TiedMLP
 
 STEPS = 10
 EXACT = 1e-10
 Loss = Callable[..., Any]
 LINEAR = nn.Linear(3, 2)
 X, Y = torch.ones(4, 3), torch.ones(4, 2)  # a batch for it
-
-
-class ConvNet(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.norm(self.conv(x))).mean((2, 3))
-        return self.head(self.drop(features))
-
-
-class TiedMLP(nn.Module):
-    """An autoencoder whose halves are one weight, under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 6)
-        self.out.weight = self.hidden.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.tanh(self.hidden(x)))
 
 
 class Transformer(nn.Module):

@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 import gcfunc
 from gcfunc import Optimizer, TrainState
 from tests.cases import largest_difference
+from tests.models import ConvNet
 from tests.training.cases import (
     CASES,
     CENTRALIZED,
     EXACT,
     LINEAR,
     Case,
-    ConvNet,
     Loss,
     X,
     Y,

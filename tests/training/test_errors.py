@@ -13,7 +13,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 import gcfunc
-from tests.training.cases import LINEAR, TiedMLP, X, Y, vectors
+from tests.models import TiedMLP
+from tests.training.cases import LINEAR, X, Y, vectors
 
 OPT = gcfunc.sgd(0.1)
 BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 
 import gcfunc
 from tests.cases import largest_difference
+from tests.models import ConvNet
 from tests.training.cases import (
     CASES,
     EXACT,
     STEPS,
-    ConvNet,
     Loss,
     built,
     difference,

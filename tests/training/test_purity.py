@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 import gcfunc
 from tests.cases import largest_difference
-from tests.training.cases import CASES, EXACT, ConvNet, built, images, named, storages
+from tests.models import ConvNet
+from tests.training.cases import CASES, EXACT, built, images, named, storages
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

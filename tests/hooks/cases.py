@@ -71,12 +71,6 @@ def require_different(
     assert changed == [*names]
 
 
-def cnn() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
-    )
-
-
 SPARSE: dict[str, Callable[[bool], nn.Module]] = {
     "Embedding": lambda sparse: nn.Embedding(7, 4, sparse=sparse),
     "padded": lambda sparse: nn.Embedding(7, 4, padding_idx=3, sparse=sparse),
