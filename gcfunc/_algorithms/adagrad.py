@@ -39,7 +39,7 @@ def adagrad(
         weight_decay: :math:`\lambda`, added to the gradient and centralized with it.
         initial_accumulator_value: What every entry of :math:`s_0` is.
         eps: :math:`\epsilon`, added outside the root.
-        gc: ``None`` (plain), ``"gc"``, ``"gcc"`` or a :class:`gcfunc.GC`.
+        gc: ``None`` (plain), a rule such as ``"gc"`` or ``"gcc"``, or a :class:`gcfunc.GC`.
 
     Raises:
         TypeError: a hyperparameter is neither a number nor a real 0-d tensor.

@@ -41,7 +41,7 @@ def adam(
         eps: :math:`\epsilon`, added outside the root.
         weight_decay: :math:`\lambda`, added to the gradient and centralized with it.
         amsgrad: Divide by the largest :math:`v` so far (https://openreview.net/forum?id=ryQu7f-RZ).
-        gc: ``None`` (plain), ``"gc"``, ``"gcc"`` or a :class:`gcfunc.GC`.
+        gc: ``None`` (plain), a rule such as ``"gc"`` or ``"gcc"``, or a :class:`gcfunc.GC`.
 
     Raises:
         TypeError: a hyperparameter is neither a number nor a real 0-d tensor.

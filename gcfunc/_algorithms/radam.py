@@ -50,7 +50,7 @@ def radam(
         eps: :math:`\epsilon`, added outside the root, before the bias correction.
         weight_decay: Coupled (L2) by default: added to the gradient and centralized with it.
         decoupled_weight_decay: Add the decay to the update instead, as :func:`gcfunc.adamw` does.
-        gc: ``None`` (plain), ``"gc"``, ``"gcc"`` or a :class:`gcfunc.GC`.
+        gc: ``None`` (plain), a rule such as ``"gc"`` or ``"gcc"``, or a :class:`gcfunc.GC`.
 
     Raises:
         TypeError: a hyperparameter is neither a number nor a real 0-d tensor.

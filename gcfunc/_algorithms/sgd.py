@@ -41,7 +41,7 @@ def sgd(
         dampening: :math:`\tau`, skipped on the first step.
         weight_decay: :math:`\lambda`, added to the gradient and centralized with it.
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
-        gc: ``None`` (plain), ``"gc"``, ``"gcc"`` or a :class:`gcfunc.GC`.
+        gc: ``None`` (plain), a rule such as ``"gc"`` or ``"gcc"``, or a :class:`gcfunc.GC`.
 
     Raises:
         TypeError: a hyperparameter is neither a number nor a real 0-d tensor.

@@ -24,9 +24,10 @@ def centralize(tree: Tree, where: Where = "gc") -> Tree:
     Args:
         tree: A pytree of gradients. Nothing in it is written.
         where: ``"gc"``, every tensor with at least 2 dimensions; ``"gcc"``, convolution weights,
-            which the reference takes as at least 4; a predicate ``(name, tensor) -> bool``; or a
-            pytree of bools with the structure of ``tree``, such as :func:`gcfunc.select` makes.
-            Tensors with fewer than 2 dimensions are left out whatever it says.
+            which the reference takes as at least 4; ``"linear"``, those with exactly 2; a predicate
+            ``(name, tensor) -> bool``; or a pytree of bools with the structure of ``tree``, such as
+            :func:`gcfunc.select` makes. Tensors with fewer than 2 dimensions are left out whatever
+            it says.
 
     Returns:
         A tree of the same structure. Leaves that ``where`` leaves out are the very same tensors.

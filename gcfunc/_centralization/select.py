@@ -36,7 +36,7 @@ def select(
     Args:
         model: The model.
         where: The rule: ``"gc"`` for all of these, ``"gcc"`` for convolutions only (Conv1d
-            included, which the rule by dimensions leaves out).
+            included, which the rule by dimensions leaves out), ``"linear"`` for all but those.
         layers: Further module classes and how their weights are laid out, subclasses included;
             their parameters called "weight" something with at least 2 dimensions are selected.
 

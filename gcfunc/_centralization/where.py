@@ -41,6 +41,9 @@ RULES = {
         frozenset({"convolution"}),
         packed_apart=True,
     ),
+    "linear": Rule(
+        "weights of exactly 2 dimensions", lambda ndim: ndim == 2, frozenset({"linear"})
+    ),
 }
 """``"gc"`` and ``"gcc"`` are the reference's. All go by the number of dimensions."""
 
@@ -54,9 +57,9 @@ class GC:
     """Which weights are centralized, and where in the step.
 
     Args:
-        where: As in :func:`gcfunc.centralize`: ``"gc"`` every weight, ``"gcc"`` convolution
-            weights only, a predicate ``(name, tensor) -> bool``, or a pytree of bools matching
-            params, such as :func:`gcfunc.select` makes.
+        where: As in :func:`gcfunc.centralize`: the name of a rule, a predicate
+            ``(name, tensor) -> bool``, or a pytree of bools matching params, such as
+            :func:`gcfunc.select` makes.
         at: ``"gradient"`` centralizes the gradient (and a coupled weight decay with it) before the
             algorithm sees it; ``"update"`` centralizes what the algorithm made of it, just before
             it is multiplied by lr, decoupled weight decay included. The reference's ``_GC2``

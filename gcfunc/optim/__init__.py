@@ -3,10 +3,10 @@
 Constructor arguments, errors, parameter groups and state are those of the torch class that each is
 derived from; the arithmetic is the functional step's. Further arguments, the same for all:
 
-- ``gc``: as in the functional constructors ``None``, ``"gc"``, ``"gcc"`` or a :class:`gcfunc.GC`,
-  and an option of each parameter group, so that one may switch it off. Masks and predicates see
-  names if the optimizer is given ``model.named_parameters()``. A ``state_dict`` has None for it:
-  which weights are centralized is for code to say.
+- ``gc``: as in the functional constructors ``None``, a rule such as ``"gc"``, or a
+  :class:`gcfunc.GC`, and an option of each parameter group, so that one may switch it off. Masks
+  and predicates see names if the optimizer is given ``model.named_parameters()``. A ``state_dict``
+  has None for it: which weights are centralized is for code to say.
 - ``compile``: whether the step is compiled by :func:`gcfunc.compile`. By default it is if the
   parameters hold a million values or more. Below that a step is so short that the seconds which
   compiling takes may never be won back. What is compiled is for the parameters that have

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 import gcfunc
+from gcfunc._centralization.where import RULES
 from gcfunc.recipes.config import ALGORITHMS, DATASETS, MODES, SCHEDULES, Config
 from gcfunc.recipes.errors import UsageError, complain
 
@@ -92,8 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     optimizer.add_argument(
         "--gc",
-        choices=["none", "gc", "gcc"],
-        help=f"centralize nothing, every weight or convolutions only (default {Config.gc})",
+        choices=["none", *RULES],
+        help="centralize nothing, or "
+        + "; ".join(f"{name}: {rule.meaning}" for name, rule in RULES.items())
+        + f" (default {Config.gc})",
     )
     optimizer.add_argument(
         "--at",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gcfunc
+from gcfunc._centralization.where import RULES
 from gcfunc.recipes.errors import UsageError
 
 Schedule = Literal["cosine", "constant"]
@@ -83,7 +84,8 @@ class Config:
         if algorithm.momentum is None and {"momentum", "nesterov"} & options.keys():
             raise UsageError(f"{options['optimizer']} takes neither --momentum nor --nesterov")
         if options.get("gc") == "none" and options.get("compare"):
-            raise UsageError("--compare needs something to compare with: --gc gc or --gc gcc")
+            choices = " or ".join(f"--gc {name}" for name in RULES)
+            raise UsageError(f"--compare needs something to compare with: {choices}")
         if options.get("gc") == "none" and "at" in options:
             raise UsageError("--at says where to centralize, and --gc none does not")
         if {"ddp", "fsdp"} & options.keys() and options.setdefault("mode", "hooks") != "hooks":

@@ -1,5 +1,6 @@
 """What an experiment leaves behind: a table, curves and a JSON file."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
 from rich.table import Table
 
+from gcfunc._centralization.where import RULES
 from gcfunc.recipes import summary
 from gcfunc.recipes.config import Config
 from gcfunc.recipes.train import Finished
@@ -26,12 +28,11 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
-COLORS = {"none": "#7f7f7f", "gc": "#1f77b4", "gcc": "#d95f02"}
+_PALETTE = ("#1f77b4", "#d95f02", "#1b9e77", "#e7298a")
+COLORS = {"none": "#7f7f7f"} | dict(zip(RULES, itertools.cycle(_PALETTE)))
 BAND = 0.18
-_LABELS = {
-    "none": "no centralization",
-    "gc": "centralized (gc)",
-    "gcc": "convolutions centralized (gcc)",
+_LABELS = {"none": "no centralization"} | {
+    name: f"centralized: {rule.meaning} ({name})" for name, rule in RULES.items()
 }
 
 

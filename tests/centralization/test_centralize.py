@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gcfunc
 from gcfunc import GC, Units
+from gcfunc._centralization.where import RULES
 from tests.cases import (
     ALGORITHMS,
     GCS,
@@ -59,8 +60,8 @@ def widen(tensors: Params) -> Params:
 
 
 def selected(where: str, params: Params) -> set[str]:
-    least = {"gc": 2, "gcc": 4}[where]
-    return {name for name, p in params.items() if p.ndim >= least}
+    dims = {"gc": (2, 3, 4), "gcc": (4,), "linear": (2,)}[where]
+    return {name for name, p in params.items() if p.ndim in dims}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -142,6 +143,7 @@ def test_a_step_in_sixteen_bits_is_rounded_once(
 WHERES: dict[str, Callable[[Params], Any]] = {
     "gc": lambda params: "gc",
     "gcc": lambda params: "gcc",
+    "linear": lambda params: "linear",
     "predicate": lambda params: lambda name, tensor: name.startswith("conv"),
     "bools": lambda params: {name: name == "linear.weight" for name in params},
     "units": lambda params: {
@@ -152,6 +154,7 @@ WHERES: dict[str, Callable[[Params], Any]] = {
 CHOSEN = {
     "gc": {"conv2d.weight", "conv1d.weight", "depthwise.weight", "linear.weight"},
     "gcc": {"conv2d.weight", "depthwise.weight"},
+    "linear": {"linear.weight"},
     "predicate": {"conv2d.weight", "conv1d.weight"},
     "bools": {"linear.weight"},
     "units": {"conv2d.weight", "linear.weight"},
@@ -192,7 +195,7 @@ def test_predicates_and_bools_agree_in_nested_trees() -> None:
             torch.testing.assert_close(new, brute_force(old), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("where", ["gc", "gcc"])
+@pytest.mark.parametrize("where", RULES)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_updates_have_zero_mean_rows(name: str, where: Any) -> None:
     """At the update, every displacement; lookahead's is a combination of such."""

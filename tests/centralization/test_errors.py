@@ -54,8 +54,8 @@ CASES: dict[str, Case] = {
             partial(gcfunc.adamw, gc=gc),
             error,
             (
-                "gc must be None, 'gc', 'gcc' or a gcfunc.GC, which takes a mask or a predicate as "
-                f"GC(where=...); got {gc!r}"
+                "gc must be None, 'gc', 'gcc', 'linear' or a gcfunc.GC, which takes a mask or a "
+                f"predicate as GC(where=...); got {gc!r}"
             ),
         )
         for gc, error in NO_GCS
@@ -63,12 +63,12 @@ CASES: dict[str, Case] = {
     "an unknown rule": (
         lambda: GC("conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', got 'conv'",
+        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
     ),
     "an unknown rule, outside a step": (
         lambda: gcfunc.centralize(GRADS, where="conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', got 'conv'",
+        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
     ),
     "an unknown place": (
         lambda: GC(at="weights"),  # type: ignore[arg-type]
@@ -200,12 +200,12 @@ CASES: dict[str, Case] = {
     "select by an unknown rule": (
         lambda: gcfunc.select(MODEL, "conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', got 'conv'",
+        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
     ),
     "select by None": (
         lambda: gcfunc.select(MODEL, None),  # type: ignore[arg-type]
         ValueError,
-        "where must be one of 'gc', 'gcc', got None",
+        "where must be one of 'gc', 'gcc', 'linear', got None",
     ),
     "select from a lazy model": (
         lambda: gcfunc.select(nn.Sequential(nn.LazyLinear(2))),

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gcfunc
 from gcfunc import GC, Units
+from gcfunc._centralization.where import RULES
 from tests.cases import Params
 
 COLUMNS = Units(dim=1)
@@ -128,6 +129,12 @@ def test_selected_by_name(name: str) -> None:
     # The other weights with at least two dimensions are tables.
     weights = [n for n, p in model.named_parameters() if p.ndim >= 2]
     assert [n for n in weights if not mask[n]] == TABLES[name]
+
+
+def test_linear_selects_the_others() -> None:
+    for model in (vit(), gpt2(), resnet()):
+        chosen = {r: {n for n, a in gcfunc.select(model, r).items() if a} for r in RULES}
+        assert chosen["linear"] == chosen["gc"] - chosen["gcc"] != set()
 
 
 def test_gcc_selects_convolutions_only() -> None:
@@ -344,8 +351,8 @@ def test_modules(name: str) -> None:
             assert torch.equal(centralized[n], grads[n]) == (n not in expected), n
 
 
-@pytest.mark.parametrize("where", ["gc", "gcc"])
-def test_further_layers(where: Literal["gc", "gcc"]) -> None:
+@pytest.mark.parametrize("where", RULES)
+def test_further_layers(where: str) -> None:
     class Table(nn.Embedding):
         pass
 
@@ -359,7 +366,7 @@ def test_further_layers(where: Literal["gc", "gcc"]) -> None:
         }
     )
     plain = {n: answer for n, answer in gcfunc.select(model, where).items() if answer}
-    assert plain == ({"linear.weight": True} if where == "gc" else {})
+    assert plain == ({} if where == "gcc" else {"linear.weight": True})
     mask = gcfunc.select(
         model,
         where,

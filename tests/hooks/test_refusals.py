@@ -105,7 +105,7 @@ def test_refused_models(case: str) -> None:
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown where": ({"where": "gcx"}, ValueError, r"one of 'gc', 'gcc', got 'gcx'"),
+    "unknown where": ({"where": "gcx"}, ValueError, r"one of 'gc', 'gcc', 'linear', got 'gcx'"),
     "selects nothing": ({"where": "gcc"}, ValueError, r"where='gcc' selects none of 4 tensors"),
     "no kind of where": ({"where": 5}, TypeError, r"where must have the structure"),
     "mask": ({"where": {"x": True}}, ValueError, r"missing .*'2.weight'; unexpected 'x'"),
@@ -173,7 +173,7 @@ def test_a_registration_that_fails_midway_leaves_nothing(monkeypatch: pytest.Mon
 
 
 RULES: dict[str, tuple[Any, type[Exception], str]] = {
-    "unknown": ("gcx", ValueError, "one of 'gc', 'gcc', got 'gcx'"),
+    "unknown": ("gcx", ValueError, "one of 'gc', 'gcc', 'linear', got 'gcx'"),
     "predicate": (lambda name, p: True, TypeError, "masks and predicates need names"),
     "mask": ({"weight": True}, TypeError, "gcfunc.hooks.register_ddp knows"),
 }

@@ -95,6 +95,7 @@ def test_mask_of_what_the_paper_means(name: str) -> None:
 WHERES: dict[str, tuple[Where, tuple[str, ...]]] = {
     "gc": ("gc", ("conv.weight", "head.weight")),
     "gcc": ("gcc", ("conv.weight",)),
+    "linear": ("linear", ("head.weight",)),
     "predicate": (lambda name, p: name == "head.weight", ("head.weight",)),
     "predicate with units": (lambda name, p: Units(dim=1), ("conv.weight", "head.weight")),
     "mask": ({n: n == "conv.weight" for n, _ in ConvNet().named_parameters()}, ("conv.weight",)),

@@ -46,7 +46,7 @@ def test_centralization_is_what_it_says(tmp_path: Path, mode: str) -> None:
     start = weights(tmp_path / "start", "gc-seed0")
     conv, linear = "4.weight", "9.weight"
     moved = {}
-    for gc in ("none", "gc", "gcc"):
+    for gc in ("none", "gc", "gcc", "linear"):
         train(tmp_path / gc, *options, "--gc", gc)
         end = weights(tmp_path / gc, f"{gc}-seed0")
         moved[gc] = {
@@ -60,6 +60,8 @@ def test_centralization_is_what_it_says(tmp_path: Path, mode: str) -> None:
     assert moved["gc"][linear] < 1e-7
     assert moved["gcc"][conv] < 1e-7
     assert moved["gcc"][linear] > 1e-4
+    assert moved["linear"][conv] > 1e-4
+    assert moved["linear"][linear] < 1e-7
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import gcfunc
 from gcfunc import GC, Units
+from gcfunc._centralization.where import RULES
 from tests.cases import ALGORITHMS, GCS, Build, Params, largest_difference, make_params, random_like
 
 
@@ -166,7 +167,7 @@ def test_the_pure_step_compiles_to_one_graph(fresh_compiler: None) -> None:
 
 def test_centralize() -> None:
     grads = random_like(awkward_params(), 0)
-    for where in ("gc", "gcc", *WHERES.values()):
+    for where in (*RULES, *WHERES.values()):
         packed = gcfunc.centralize(gcfunc.pack(grads), where)
         expected = gcfunc.centralize(grads, where)
         assert largest_difference(gcfunc.unpack(packed), expected) < 1e-12
