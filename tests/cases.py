@@ -7,6 +7,7 @@ from torch import Tensor
 
 import gcfunc
 from gcfunc import GC, Optimizer
+from gcfunc._catalog import CATALOG, Algorithm, Options
 
 Params = dict[str, Tensor]
 Build = Callable[[GC | str | None], Optimizer]
@@ -19,22 +20,18 @@ GCS: dict[str, GC | None] = {
     "gcc2": GC("gcc", at="update"),
 }
 
+
+def _build(algorithm: Algorithm, options: Options) -> Build:
+    return lambda gc: algorithm.make(gc=gc, **options)
+
+
 # Every algorithm of the library, with every option it has on somewhere.
 ALGORITHMS: dict[str, Build] = {
-    "sgd": lambda gc: gcfunc.sgd(0.1, weight_decay=0.01, gc=gc),
-    "sgd-momentum": lambda gc: gcfunc.sgd(0.1, 0.9, 0.3, 0.01, gc=gc),
-    "sgd-nesterov": lambda gc: gcfunc.sgd(0.1, 0.9, weight_decay=0.01, nesterov=True, gc=gc),
-    "sgdw": lambda gc: gcfunc.sgdw(0.1, 0.9, 0.3, 0.01, gc=gc),
-    "adam": lambda gc: gcfunc.adam(0.01, weight_decay=0.01, gc=gc),
-    "adam-amsgrad": lambda gc: gcfunc.adam(0.01, (0.8, 0.95), 1e-6, amsgrad=True, gc=gc),
-    "adamw": lambda gc: gcfunc.adamw(0.01, weight_decay=0.1, gc=gc),
-    "adagrad": lambda gc: gcfunc.adagrad(0.1, 0.01, 0.01, 0.1, gc=gc),
-    "radam": lambda gc: gcfunc.radam(0.01, weight_decay=0.01, gc=gc),
-    "radam-decoupled": lambda gc: gcfunc.radam(
-        0.01, weight_decay=0.1, decoupled_weight_decay=True, gc=gc
-    ),
-    "lookahead": lambda gc: gcfunc.lookahead(gcfunc.sgd(0.1, 0.9, gc=gc), k=3, alpha=0.5),
-    "ranger": lambda gc: gcfunc.ranger(0.01, weight_decay=0.1, k=3, gc=gc),
+    **{
+        f"{name}-{variant}".rstrip("-"): _build(algorithm, options)
+        for name, algorithm in CATALOG.items()
+        for variant, options in algorithm.variants.items()
+    },
     "partition": lambda gc: gcfunc.partition(
         {"decay": gcfunc.adamw(0.01, gc=gc), "rest": gcfunc.sgd(0.1, 0.9)},
         lambda name, tensor: "decay" if tensor.ndim >= 2 else "rest",

@@ -16,6 +16,7 @@ Number = float | Tensor
 
 _NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
 _FRACTION = ("in [0, 1)", lambda x: 0 <= x < 1)
+_UP_TO_ONE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": _NON_NEGATIVE,
     "momentum": _NON_NEGATIVE,
@@ -27,7 +28,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr_decay": _NON_NEGATIVE,
     "initial_accumulator_value": _NON_NEGATIVE,
     "k": ("an integer from 1 to 2**31", lambda x: 1 <= x <= 2**31 and x == int(x)),
-    "alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "alpha": _UP_TO_ONE,
 }
 
 

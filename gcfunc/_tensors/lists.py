@@ -48,7 +48,7 @@ def _lift(
         requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if not (under_vmap() or requires_grad):
             return list(foreach(xs, *args))
-        columns = [[a] * len(xs) if isinstance(a, Tensor) else a for a in args]
+        columns = [a if isinstance(a, list) else [a] * len(xs) for a in args]
         return [each(*row) for row in zip(xs, *columns, strict=True)]
 
     return operation

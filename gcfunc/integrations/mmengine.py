@@ -10,11 +10,14 @@ Example, of a config::
     # or: optimizer=dict(type="gcfunc.optim.SGD", lr=0.1, momentum=0.9, gc="gc")
 """
 
-from mmengine.registry import OPTIMIZERS
+from mmengine.optim import OPTIMIZERS
 
 from gcfunc import optim
+from gcfunc._catalog import CATALOG
 
-NAMES = ("SGDW", "Ranger", *(name for name in vars(optim) if "_GC" in name))
-
-for name in NAMES:
-    OPTIMIZERS.register_module(name, module=getattr(optim, name))
+for row in CATALOG.values():
+    if row.around is None:  # what wraps an optimizer cannot be built from a configuration
+        for name in (row.drop_in.__name__, *row.reference):
+            # A name that MMEngine or another library has registered stays theirs.
+            if name not in OPTIMIZERS:
+                OPTIMIZERS.register_module(name, module=getattr(optim, name))

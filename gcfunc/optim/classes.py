@@ -101,7 +101,9 @@ class Ranger(DropIn, torch.optim.RAdam):
 class Lookahead(DropIn):
     """Lookahead around another of these optimizers; see :func:`gcfunc.lookahead`.
 
-    Parameter groups and state are those of ``optimizer``, which is not to be stepped any more.
+    Parameter groups and state are those of ``optimizer``, which is not to be stepped any more. The
+    groups have ``k`` and ``alpha`` too, the latter as ``lookahead_alpha`` where RMSprop's ``alpha``
+    stands already.
 
     Example:
         >>> import torch, gcfunc

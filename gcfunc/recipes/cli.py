@@ -2,7 +2,7 @@
 
 import argparse
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 import gcfunc
+from gcfunc._catalog import CATALOG
 from gcfunc._centralization.where import RULES
-from gcfunc.recipes.config import ALGORITHMS, DATASETS, MODES, SCHEDULES, Config
+from gcfunc.recipes.config import DATASETS, MODES, SCHEDULES, Config
 from gcfunc.recipes.errors import UsageError, complain
 
 _EXTRA = ("matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn")
@@ -88,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     optimizer = train.add_argument_group("optimizer")
     optimizer.add_argument(
         "--optimizer",
-        choices=list(ALGORITHMS),
-        help=f"{_or(ALGORITHMS)} (default {Config.optimizer})",
+        choices=list(CATALOG),
+        help=f"{_or(CATALOG)} (default {Config.optimizer})",
     )
     optimizer.add_argument(
         "--gc",
@@ -209,16 +210,16 @@ def _integer(least: int) -> Callable[[str], int]:
     return integer
 
 
-def _or(words: Sequence[str] | dict[str, Any]) -> str:
+def _or(words: Iterable[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} or {last}"
 
 
-def _defaults(attribute: str) -> str:
+def _defaults(option: str) -> str:
     names: dict[object, list[str]] = {}
-    for name, algorithm in ALGORITHMS.items():
-        names.setdefault(getattr(algorithm, attribute), []).append(name)
-    names.pop(None, None)
+    for name, algorithm in CATALOG.items():
+        if option in algorithm.training:
+            names.setdefault(algorithm.training[option], []).append(name)
     return "default " + "; ".join(
         f"{value} for {', '.join(users)}" for value, users in names.items()
     )

@@ -1,6 +1,6 @@
 """What a training run is asked to do: everything its result depends on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gcfunc
+from gcfunc._catalog import CATALOG
 from gcfunc._centralization.where import RULES
 from gcfunc.recipes.errors import UsageError
 
@@ -16,33 +17,6 @@ Schedule = Literal["cosine", "constant"]
 Mode = Literal["functional", "hooks"]
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """A constructor, and defaults near the best for the recipe's network without centralization.
-
-    A learning rate that only suits the centralized network would make any comparison look good.
-
-    Attributes:
-        make: Makes a functional optimizer.
-        torch: Makes torch's of the same mathematics and options, if torch has it.
-    """
-
-    make: Callable[..., gcfunc.Optimizer]
-    torch: Callable[..., torch.optim.Optimizer] | None
-    lr: float
-    weight_decay: float
-    momentum: float | None = None
-
-
-ALGORITHMS = {
-    "sgd": Algorithm(gcfunc.sgd, torch.optim.SGD, lr=0.02, weight_decay=5e-4, momentum=0.9),
-    "sgdw": Algorithm(gcfunc.sgdw, None, lr=0.02, weight_decay=5e-4, momentum=0.9),
-    "adam": Algorithm(gcfunc.adam, torch.optim.Adam, lr=2e-3, weight_decay=5e-4),
-    "adamw": Algorithm(gcfunc.adamw, torch.optim.AdamW, lr=2e-3, weight_decay=1e-2),
-    "adagrad": Algorithm(gcfunc.adagrad, torch.optim.Adagrad, lr=1e-2, weight_decay=5e-4),
-    "radam": Algorithm(gcfunc.radam, torch.optim.RAdam, lr=1e-2, weight_decay=5e-4),
-    "ranger": Algorithm(gcfunc.ranger, None, lr=2e-2, weight_decay=1e-2),
-}
 DATASETS = ("mnist", "digits")
 SCHEDULES = ("cosine", "constant")
 MODES = ("functional", "hooks")
@@ -80,9 +54,10 @@ class Config:
         Raises:
             UsageError: options that do not go together, or values out of bounds.
         """
-        algorithm = ALGORITHMS[options.get("optimizer", cls.optimizer)]
-        if algorithm.momentum is None and {"momentum", "nesterov"} & options.keys():
-            raise UsageError(f"{options['optimizer']} takes neither --momentum nor --nesterov")
+        algorithm = CATALOG[options.get("optimizer", cls.optimizer)]
+        for option in ("momentum", "nesterov"):
+            if option in options and not algorithm.takes(option):
+                raise UsageError(f"{options['optimizer']} does not take --{option}")
         if options.get("gc") == "none" and options.get("compare"):
             choices = " or ".join(f"--gc {name}" for name in RULES)
             raise UsageError(f"--compare needs something to compare with: {choices}")
@@ -93,19 +68,18 @@ class Config:
         if options.get("mode") == "hooks":
             if options.get("at") == "update":
                 raise UsageError("--at update needs --mode functional: hooks see gradients only")
-            if algorithm.torch is None:
+            if algorithm.twin is None:
                 raise UsageError(
                     f"--mode hooks trains with torch.optim, which has no {options['optimizer']}; "
-                    f"it has {', '.join(name for name, a in ALGORITHMS.items() if a.torch)}"
+                    f"it has {', '.join(name for name, row in CATALOG.items() if row.twin)}"
                 )
         if {"data", "dataset"} <= options.keys():
             raise UsageError("--data and --dataset both name a dataset; give one")
         if "data" in options:
             options["data"] = str(Path(options["data"]).resolve())
         defaults = {
-            "lr": algorithm.lr,
-            "weight_decay": algorithm.weight_decay,
-            "momentum": algorithm.momentum,
+            "momentum": None,
+            **algorithm.training,
             "seeds": 5 if options.get("compare") else 1,
         }
         config = cls(**(defaults | options))
@@ -139,20 +113,22 @@ class Config:
         if gc != "none":
             options["gc"] = gcfunc.GC(where=gc, at=self.at)
         try:
-            return ALGORITHMS[self.optimizer].make(**options)
+            return CATALOG[self.optimizer].make(**options)
         except ValueError as error:
             raise UsageError(str(error)) from error
 
     def build_torch(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The same optimizer of torch's, without centralization."""
-        make = ALGORITHMS[self.optimizer].torch
+        make = CATALOG[self.optimizer].twin
         assert make is not None  # from_options refuses it
         return make(params, **self._hyperparams(), foreach=True)
 
     def _hyperparams(self) -> dict[str, Any]:
         hyperparams: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.momentum is not None:
-            hyperparams |= {"momentum": self.momentum, "nesterov": self.nesterov}
+            hyperparams["momentum"] = self.momentum
+        if self.nesterov:
+            hyperparams["nesterov"] = True
         return hyperparams
 
     def to_dict(self) -> dict[str, Any]:

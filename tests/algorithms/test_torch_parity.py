@@ -1,16 +1,15 @@
 """``gc=None`` is torch.optim, option by option."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import gcfunc
-from gcfunc import Optimizer
+from gcfunc._catalog import CATALOG
 from tests.cases import Params
 
 STEPS = 50
@@ -26,41 +25,7 @@ TOLERANCES = {
 DTYPES = [torch.float64, *TOLERANCES]
 
 
-class Pair(NamedTuple):
-    """One algorithm in both libraries, and two values for each of its options."""
-
-    ours: Callable[..., Optimizer]
-    theirs: Callable[..., torch.optim.Optimizer]
-    options: dict[str, tuple[Any, Any]]
-
-
-DECAY = {"weight_decay": (0.0, 1.0)}
-BETAS = {"betas": ((0.9, 0.999), (0.5, 0.8))}
-ADAM = {**BETAS, "eps": (1e-8, 0.1), **DECAY, "amsgrad": (False, True)}
-PAIRS = {
-    "sgd": Pair(
-        gcfunc.sgd,
-        torch.optim.SGD,
-        {"momentum": (0.0, 0.9), "dampening": (0.0, 0.3), **DECAY, "nesterov": (False, True)},
-    ),
-    "adam": Pair(gcfunc.adam, torch.optim.Adam, ADAM),
-    "adamw": Pair(gcfunc.adamw, torch.optim.AdamW, ADAM),
-    "adagrad": Pair(
-        gcfunc.adagrad,
-        torch.optim.Adagrad,
-        {
-            "lr_decay": (0.0, 0.5),
-            **DECAY,
-            "initial_accumulator_value": (0.0, 1.0),
-            "eps": (1e-10, 0.1),
-        },
-    ),
-    "radam": Pair(
-        gcfunc.radam,
-        torch.optim.RAdam,
-        {**BETAS, "eps": (1e-8, 1.0), **DECAY, "decoupled_weight_decay": (False, True)},
-    ),
-}
+PAIRS = {name: row for name, row in CATALOG.items() if row.twin}
 
 Choice = tuple[int, ...]
 """Which of its two values each option has."""
@@ -107,7 +72,7 @@ def flat(params: Params) -> Tensor:
 @cache
 def ours(name: str, choice: Choice, dtype: torch.dtype) -> Tensor:
     params, grads = data(dtype)
-    opt = PAIRS[name].ours(LR, **options(name, choice))
+    opt = PAIRS[name].make(lr=LR, **options(name, choice))
     state = opt.init(params)
     rows = [flat(params)]
     for g in grads:
@@ -120,7 +85,9 @@ def ours(name: str, choice: Choice, dtype: torch.dtype) -> Tensor:
 def theirs(name: str, choice: Choice, dtype: torch.dtype) -> Tensor:
     start, grads = data(dtype)
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
-    opt = PAIRS[name].theirs(params.values(), LR, **options(name, choice))
+    theirs = PAIRS[name].twin
+    assert theirs is not None
+    opt = theirs(params.values(), lr=LR, **options(name, choice))
     rows = [flat(params)]
     for g in grads:
         for n, p in params.items():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gcfunc
 from gcfunc import GC, Units
+from gcfunc._catalog import CATALOG
 from gcfunc._centralization.where import RULES
 from tests.cases import (
     ALGORITHMS,
@@ -212,7 +213,12 @@ def test_updates_have_zero_mean_rows(name: str, where: Any) -> None:
 
 
 # The decay that joins the gradient.
-COUPLED = dict.fromkeys(["sgd", "sgd-momentum", "sgd-nesterov", "adam", "adagrad", "radam"], 0.01)
+COUPLED = {
+    f"{name}-{variant}".rstrip("-"): options.get("weight_decay", 0.0)
+    for name, row in CATALOG.items()
+    for variant, options in row.variants.items()
+    if row.decay == "coupled" and not options.get("decoupled_weight_decay")
+}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from gcfunc import GC, optim
+from gcfunc._catalog import CATALOG
 from tests.optim.training import (
     difference,
     leaves,
@@ -23,7 +24,7 @@ from tests.optim.training import (
     values,
 )
 
-CLASSES = ["SGD", "Adam", "AdamW", "Adagrad", "RAdam"]
+CLASSES = [row.drop_in.__name__ for row in CATALOG.values() if row.twin]
 ADAMS = ["Adam", "AdamW", "RAdam"]
 Call = Callable[[Any], object]
 

@@ -4,23 +4,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch._dynamo.utils import counters
 from torch.optim import Optimizer
 
 import gcfunc
 from gcfunc import GC, optim
+from gcfunc._catalog import CATALOG
 from tests import golden
 from tests.cases import Params
 from tests.optim.training import EXACT, copies
 
-NAMES = [
-    *("SGD", "SGDW", "Adam", "AdamW", "Adagrad", "RAdam", "Ranger", "Lookahead"),
-    *("SGD_GC", "SGD_GCC", "SGDW_GC", "SGDW_GCC"),
-    *("Adam_GC", "Adam_GCC", "Adam_GC2", "Adam_GCC2"),
-    *("AdamW_GC", "AdamW_GCC", "AdamW_GC2", "AdamW_GCC2"),
-    *("Adagrad_GC", "Adagrad_GCC"),
-]
+CLASSES = [row.drop_in.__name__ for row in CATALOG.values()]
+REFERENCE = [name for row in CATALOG.values() for name in row.reference]
+NAMES = [*CLASSES, *REFERENCE]
 
 
 def test_names() -> None:
@@ -28,8 +24,9 @@ def test_names() -> None:
     assert all(issubclass(cls, Optimizer) for cls in classes)
     assert [cls.__name__ for cls in classes] == NAMES
     assert gcfunc.optim is optim
-    for name in ("SGD", "Adam", "AdamW", "Adagrad", "RAdam"):
-        assert issubclass(getattr(optim, name), getattr(torch.optim, name))
+    for row in CATALOG.values():
+        assert row.twin is None or row.twin in row.drop_in.__mro__
+        assert all(issubclass(getattr(optim, name), row.drop_in) for name in row.reference)
 
 
 def rebuilt(case: dict[str, Any], params: Params, **options: Any) -> tuple[Optimizer, bool]:
@@ -80,7 +77,7 @@ def test_equals_the_reference(case: dict[str, Any]) -> None:
 def test_every_name_of_the_reference_is_among_them() -> None:
     assert {case["optimizer"] for case in GOLDEN if case["source"] == "GC_code"} == {
         *("SGDW", "AdamW"),
-        *NAMES[8:],
+        *REFERENCE,
     }
 
 

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from gcfunc import optim
+from gcfunc._catalog import CATALOG
 from tests.optim.training import (
     EXACT,
     Options,
@@ -50,11 +51,12 @@ SCHEDULES: dict[str, Schedule] = {
     "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.2, STEPS + 1),
     "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, STEPS, 2.0),
 }
+# Those of torch's classes that have a momentum to cycle.
 CLASSES: dict[str, Options] = {
-    "SGD": {"momentum": 0.9, "weight_decay": 0.1},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "RAdam": {},
+    row.drop_in.__name__: {option: value for option, value in options.items() if option != "lr"}
+    for row in CATALOG.values()
+    if row.twin and {"betas", "momentum"} & {*row.options}
+    for options in row.variants.values()
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc as collector
+import itertools
 import pickle
 import weakref
 from collections import OrderedDict
@@ -16,12 +17,14 @@ from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.optim import Optimizer
 
 from gcfunc import GC, optim
+from gcfunc._catalog import CATALOG, Algorithm
 from tests.cases import Params
 from tests.optim.training import (
     EXACT,
     PLAIN,
     copies,
     difference,
+    kind_of,
     leaves,
     require_same_state,
     saved,
@@ -32,20 +35,29 @@ from tests.optim.training import (
 
 Build = Callable[[Params], Optimizer]
 
-# With everything that the state of one class can have.
+CHOICES: list[Callable[[Params], Any]] = [
+    lambda params: "gc",
+    lambda params: GC(dict.fromkeys(params, True)),
+    lambda params: "gcc",
+    lambda params: GC("gc", at="update"),
+]
+
+
+def _build(row: Algorithm, options: Mapping[str, Any], choice: Callable[[Params], Any]) -> Build:
+    return lambda params: row.make_drop_in(params.items(), **options, gc=choice(params))
+
+
+# Every class, with all that its state can have, and one of each kind of GC.
 OWN: dict[str, Build] = {
-    "SGD": lambda params: optim.SGD(params.values(), lr=0.1, gc="gc"),
-    "SGDW": lambda params: optim.SGDW(
-        params.items(), 0.1, 0.9, weight_decay=0.1, gc=GC(dict.fromkeys(params, True))
-    ),
-    "Adam": lambda params: optim.Adam(params.values(), lr=0.1, amsgrad=True, gc="gcc"),
+    **{
+        kind_of(row, variant): _build(row, options, choice)
+        for (row, variant, options), choice in zip(
+            ((row, *variant) for row in CATALOG.values() for variant in row.variants.items()),
+            itertools.cycle(CHOICES),
+        )
+    },
     "AdamW_GC2": lambda params: optim.AdamW_GC2(params.values(), lr=0.1, weight_decay=0.1),
-    "Adagrad": lambda params: optim.Adagrad_GC(params.values(), lr_decay=0.1),
-    "RAdam": lambda params: optim.RAdam(params.values(), lr=0.1, gc=GC("gc", at="update")),
-    "Ranger": lambda params: optim.Ranger(params.values(), lr=0.1, k=3, alpha=0.7, gc="gc"),
-    "Lookahead": lambda params: optim.Lookahead(
-        optim.SGD(params.values(), lr=0.1, momentum=0.9, gc="gc"), k=3, alpha=0.7
-    ),
+    "Adagrad_GC": lambda params: optim.Adagrad_GC(params.values(), lr_decay=0.1),
     "groups": lambda params: optim.AdamW(
         [
             {"params": [p for p in params.values() if p.ndim >= 2], "lr": 0.2},
@@ -321,7 +333,7 @@ def test_the_saved_dict_is_made_of_plain_types() -> None:
             return set().union({type(value)}, *map(kinds, value))
         return {type(value)}
 
-    plain = {dict, list, tuple, bool, int, float, torch.Tensor, type(None), OrderedDict}
+    plain = {dict, list, tuple, bool, int, float, str, torch.Tensor, type(None), OrderedDict}
     assert kinds(opt.state_dict()) <= plain
     assert opt.state_dict()["param_groups"][0]["k"] == 3
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gcfunc._catalog import CATALOG, Algorithm
 from tests.cases import Params, make_params, random_like
 
 EXACT = 1e-12
@@ -15,43 +16,27 @@ Options = dict[str, Any]
 New = Callable[..., Optimizer]
 """A class and its options: ``new(params) -> optimizer``."""
 
+
+def kind_of(algorithm: Algorithm, variant: str) -> str:
+    return ", ".join(filter(None, (algorithm.drop_in.__name__, variant)))
+
+
 # Every option that torch's classes have, on somewhere.
 PLAIN: dict[str, tuple[str, Options]] = {
-    "SGD": ("SGD", {"lr": 0.1}),
-    "SGD, decay": ("SGD", {"lr": 0.1, "weight_decay": 0.1}),
-    "SGD, momentum": (
-        "SGD",
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-    ),
-    "SGD, nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
-    "Adam": ("Adam", {"lr": 0.1}),
-    "Adam, amsgrad": (
-        "Adam",
-        {"lr": 0.1, "betas": (0.5, 0.8), "weight_decay": 0.1, "amsgrad": True},
-    ),
+    **{
+        kind_of(row, variant): (
+            row.drop_in.__name__,
+            {**options, "maximize": True} if variant else {**options},
+        )
+        for row in CATALOG.values()
+        if row.twin
+        for variant, options in row.variants.items()
+    },
     "Adam, decoupled": (
         "Adam",
         {"lr": 0.1, "eps": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
     ),
-    "AdamW": ("AdamW", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
     "AdamW, amsgrad": ("AdamW", {"lr": 0.1, "betas": (0.5, 0.8), "amsgrad": True}),
-    "Adagrad": ("Adagrad", {"lr": 0.1}),
-    "Adagrad, all": (
-        "Adagrad",
-        {
-            "lr": 0.1,
-            "lr_decay": 0.1,
-            "weight_decay": 0.1,
-            "initial_accumulator_value": 0.5,
-            "eps": 0.1,
-            "maximize": True,
-        },
-    ),
-    "RAdam": ("RAdam", {"lr": 0.1, "betas": (0.5, 0.8), "weight_decay": 0.1}),
-    "RAdam, decoupled": (
-        "RAdam",
-        {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
-    ),
 }
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gcfunc._catalog import CATALOG
 from gcfunc.recipes.cli import main
-from gcfunc.recipes.config import ALGORITHMS
 
 QUICK = ("--dataset", "digits", "--limit", "48", "--epochs", "2", "--batch-size", "16", "--eager")
 STEPS = 6  # of one QUICK run
-HOOKED = [name for name, algorithm in ALGORITHMS.items() if algorithm.torch]
+HOOKED = [name for name, algorithm in CATALOG.items() if algorithm.twin]
 
 AfterStep = Callable[[int, Callable[[], None]], None]
 

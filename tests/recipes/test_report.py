@@ -10,8 +10,8 @@ import torch
 from matplotlib.colors import to_rgb
 from scipy import stats
 
+from gcfunc._catalog import CATALOG
 from gcfunc.recipes import report, summary
-from gcfunc.recipes.config import ALGORITHMS
 from gcfunc.recipes.train import Epoch, Finished
 from tests.recipes.command import QUICK, train
 
@@ -21,7 +21,7 @@ def test_report_is_consistent(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [(r["gc"], r["seed"]) for r in result["runs"]] == [
         (gc, seed) for seed in range(3) for gc in ("none", "gc")
     ]
-    assert result["config"]["lr"] == ALGORITHMS["sgd"].lr
+    assert result["config"]["lr"] == CATALOG["sgd"].training["lr"]
     assert result["data"]["train"] == result["data"]["test"] == 48
     assert result["environment"]["torch"] == torch.__version__
     for quantity in ("train_loss", "test_loss", "test_accuracy"):

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from gcfunc._catalog import CATALOG
 from gcfunc.recipes import data
 from gcfunc.recipes import model as network
-from gcfunc.recipes.config import ALGORITHMS, MODES
+from gcfunc.recipes.config import MODES
 from tests.recipes.command import HOOKED, QUICK, STEPS, same, train, untimed, weights
 
 
-@pytest.mark.parametrize("optimizer", ALGORITHMS)
+@pytest.mark.parametrize("optimizer", CATALOG)
 def test_every_optimizer_trains(tmp_path: Path, optimizer: str) -> None:
     options = ("--dataset", "digits", "--epochs", "4", "--eager")
     result = train(tmp_path, *options, "--optimizer", optimizer)
@@ -72,13 +73,7 @@ def test_training_is_what_plain_pytorch_does(tmp_path: Path, mode: str) -> None:
     dataset = data.load("digits", limit=48)
     model = network.build(8, 8, 10)
     model.load_state_dict(network.initial_params(model, seed=3))
-    defaults = ALGORITHMS["sgd"]
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=defaults.lr,
-        momentum=defaults.momentum or 0.0,
-        weight_decay=defaults.weight_decay,
-    )
+    optimizer = torch.optim.SGD(model.parameters(), **CATALOG["sgd"].training)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
     for epoch in range(2):
         losses: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Bad states, hyperparameters and checkpoints: a clear error, and nothing changed."""
 
+import inspect
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 import gcfunc
 from gcfunc import Optimizer, State
+from gcfunc._catalog import CATALOG, Algorithm
 from tests.bad_input import (
     OPT,
     PARAMS,
@@ -227,17 +228,16 @@ OUTSIDE: dict[str, list[float]] = {
 }
 NO_NUMBERS = [True, "0.1", None, 1j, [0.1], (0.1,), torch.nn.Identity]
 NO_SCALARS = [torch.ones(2), torch.ones(1), torch.tensor(True), torch.tensor(1j)]
-CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], str]] = {
-    "sgd": (gcfunc.sgd, "lr momentum dampening weight_decay"),
-    "sgdw": (gcfunc.sgdw, "lr momentum dampening weight_decay"),
-    "adam": (gcfunc.adam, "lr weight_decay eps beta1 beta2"),
-    "adamw": (gcfunc.adamw, "lr weight_decay eps beta1 beta2"),
-    "adagrad": (gcfunc.adagrad, "lr lr_decay weight_decay initial_accumulator_value eps"),
-    "radam": (gcfunc.radam, "lr weight_decay eps beta1 beta2"),
-    "ranger": (gcfunc.ranger, "lr weight_decay eps beta1 beta2 k alpha"),
-    "lookahead": (lambda lr=0.1, **own: gcfunc.lookahead(gcfunc.sgd(lr), **own), "k alpha"),
-}
-HYPERPARAMETERS = [(c, name) for c, (_, names) in CONSTRUCTORS.items() for name in names.split()]
+
+
+def hyperparameters(row: Algorithm) -> list[str]:
+    names: list[str] = []
+    for option in inspect.signature(row.constructor).parameters:
+        names += ["beta1", "beta2"] if option == "betas" else [option] if option in BOUNDS else []
+    return names
+
+
+HYPERPARAMETERS = [(c, name) for c, row in CATALOG.items() for name in hyperparameters(row)]
 IN_STATE = [(c, name) for c, name in HYPERPARAMETERS if name != "initial_accumulator_value"]
 
 
@@ -245,7 +245,11 @@ def build(constructor: str, **given: Any) -> Optimizer:
     given = {"lr": 0.1} | given
     if "beta1" in given or "beta2" in given:
         given["betas"] = given.pop("beta1", 0.9), given.pop("beta2", 0.99)
-    return CONSTRUCTORS[constructor][0](**given)
+    return CATALOG[constructor].make(**given)
+
+
+def with_a_buffer(constructor: str) -> dict[str, float]:
+    return {"momentum": 0.5} if (constructor, "momentum") in HYPERPARAMETERS else {}
 
 
 def refused(name: str) -> list[tuple[Any, type[Exception], str]]:
@@ -275,8 +279,7 @@ def test_constructors_refuse_hyperparameters(constructor: str, name: str) -> Non
 
 @pytest.mark.parametrize(("constructor", "name"), IN_STATE)
 def test_updates_refuse_hyperparameters(constructor: str, name: str) -> None:
-    own = {"momentum": 0.5} if constructor in ("sgd", "sgdw") else {}
-    state = build(constructor, **own).init(PARAMS)
+    state = build(constructor, **with_a_buffer(constructor)).init(PARAMS)
     still = unchanged(state)
     for value, error, message in refused(name):
         with pytest.raises(error, match="^" + re.escape(message) + "$"):
@@ -286,9 +289,8 @@ def test_updates_refuse_hyperparameters(constructor: str, name: str) -> None:
     assert new.hyperparams[name] == (1 if name == "k" else 0.25)
 
 
-@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.parametrize("constructor", CATALOG)
 def test_the_table_of_hyperparameters_is_whole(constructor: str) -> None:
-    own = {"momentum": 0.5} if constructor in ("sgd", "sgdw") else {}
-    in_state = {*build(constructor, **own).init(PARAMS).hyperparams}
-    inner = {"lr", "weight_decay"} if constructor == "lookahead" else set()
+    in_state = {*build(constructor, **with_a_buffer(constructor)).init(PARAMS).hyperparams}
+    inner = {"lr", "weight_decay"} if CATALOG[constructor].around else set()
     assert in_state - inner == {name for c, name in IN_STATE if c == constructor}
