@@ -14,6 +14,7 @@ from gcfunc._algorithms.groups import (
 from gcfunc._algorithms.lookahead import lookahead, ranger
 from gcfunc._algorithms.partition import partition
 from gcfunc._algorithms.radam import radam
+from gcfunc._algorithms.rmsprop import rmsprop
 from gcfunc._algorithms.sgd import sgd, sgdw
 from gcfunc._centralization.centralize import centralize
 from gcfunc._centralization.formula import Units
@@ -50,6 +51,7 @@ __all__ = [
     "partition",
     "radam",
     "ranger",
+    "rmsprop",
     "select",
     "sgd",
     "sgdw",

@@ -181,6 +181,25 @@ CATALOG: dict[str, Algorithm] = {
         nearest_fused="adam",
         decay="coupled",
     ),
+    "rmsprop": Algorithm(
+        gcfunc.rmsprop,
+        optim.RMSprop,
+        {
+            "": {"lr": 0.01, "weight_decay": 0.01},
+            "centered": {"lr": 0.01, "alpha": 0.8, "eps": 0.1, "momentum": 0.9, "centered": True},
+        },
+        training={"lr": 1e-3, "weight_decay": 5e-4, "momentum": 0.0},
+        twin=torch.optim.RMSprop,
+        options={
+            "alpha": (0.99, 0.9),
+            "eps": (1e-8, 0.1),
+            **_DECAY,
+            "momentum": (0.0, 0.9),
+            "centered": (False, True),
+        },
+        nearest_fused="adam",
+        decay="coupled",
+    ),
     "lookahead": Algorithm(
         gcfunc.lookahead,
         optim.Lookahead,

@@ -29,7 +29,8 @@ def lookahead(inner: Optimizer, *, k: Number = 5, alpha: Number = 0.5) -> Optimi
     Args:
         inner: Any optimizer of this library, :func:`gcfunc.partition` included.
         k: Steps between synchronizations.
-        alpha: How far the slow weights move, :math:`\alpha` in [0, 1].
+        alpha: How far the slow weights move, :math:`\alpha` in [0, 1]. In the state it is called
+            ``lookahead_alpha`` if ``inner`` has an ``alpha`` of its own, as RMSprop does.
 
     Raises:
         TypeError: ``inner`` is no optimizer of this library.
@@ -51,16 +52,19 @@ def lookahead(inner: Optimizer, *, k: Number = 5, alpha: Number = 0.5) -> Optimi
     own = check(k=k, alpha=alpha)
     return replace(
         inner,
-        algorithms={key: _ahead(algorithm, own) for key, algorithm in inner.algorithms.items()},
+        algorithms={key: _ahead(algorithm, **own) for key, algorithm in inner.algorithms.items()},
     )
 
 
-def _ahead(inner: ListAlgorithm, own: dict[str, Number]) -> ListAlgorithm:
+def _ahead(inner: ListAlgorithm, k: Number, alpha: Number) -> ListAlgorithm:
     if "slow_params" in inner.slots:
         raise ValueError(f"{inner.name} already is a lookahead")
+    # RMSprop has an alpha, too.
+    own_alpha = "lookahead_alpha" if "alpha" in inner.hyperparams else "alpha"
 
     def scalars(step: Tensor, h: Scalars) -> dict[str, Tensor]:
-        return inner.scalars(step, h) | {"alpha": h["alpha"], "synchronize": step % h["k"] == 0}
+        own = {"nearer": h[own_alpha], "synchronize": step % h["k"] == 0}
+        return inner.scalars(step, h) | own
 
     def update(
         params: Tensors,
@@ -71,7 +75,7 @@ def _ahead(inner: ListAlgorithm, own: dict[str, Number]) -> ListAlgorithm:
     ) -> tuple[Tensors, Slots]:
         slow = slots["slow_params"]
         fast, new = inner.update(params, grads, slots, s, projections)
-        nearer = add(slow, mul(sub(fast, slow), s["alpha"]))
+        nearer = add(slow, mul(sub(fast, slow), s["nearer"]))
         fast = where(s["synchronize"], nearer, fast)
         slow = where(s["synchronize"], nearer, slow)
         return fast, new | {"slow_params": slow}
@@ -79,7 +83,7 @@ def _ahead(inner: ListAlgorithm, own: dict[str, Number]) -> ListAlgorithm:
     return replace(
         inner,
         name=f"lookahead({inner.name})",
-        hyperparams={**inner.hyperparams, **own},
+        hyperparams={**inner.hyperparams, "k": k, own_alpha: alpha},
         slots={**inner.slots, "slow_params": Tensor.clone},
         scalars=scalars,
         update=update,

@@ -29,6 +29,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "initial_accumulator_value": _NON_NEGATIVE,
     "k": ("an integer from 1 to 2**31", lambda x: 1 <= x <= 2**31 and x == int(x)),
     "alpha": _UP_TO_ONE,
+    "lookahead_alpha": _UP_TO_ONE,
 }
 
 

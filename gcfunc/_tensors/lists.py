@@ -71,6 +71,12 @@ div = _lift(torch._foreach_div, torch.div)
 maximum = _lift(torch._foreach_maximum, torch.maximum)
 """The larger of x and y; y a list."""
 _sqrt = _lift(torch._foreach_sqrt, torch.sqrt)
+_clamp_min = _lift(torch._foreach_clamp_min, torch.clamp_min)
+
+
+def nonnegative(xs: Tensors) -> Tensors:
+    """The larger of x and 0."""
+    return _clamp_min(xs, 0.0)
 
 
 def sqrt(xs: Tensors) -> Tensors:

@@ -26,6 +26,7 @@ from gcfunc.optim.classes import (
     Lookahead,
     RAdam,
     Ranger,
+    RMSprop,
 )
 from gcfunc.optim.reference import (
     SGD_GC,
@@ -66,5 +67,6 @@ __all__ = [
     "Adam_GCC2",
     "Lookahead",
     "RAdam",
+    "RMSprop",
     "Ranger",
 ]

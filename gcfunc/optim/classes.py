@@ -9,6 +9,7 @@ from gcfunc._algorithms.adagrad import adagrad
 from gcfunc._algorithms.adam import adam, adamw
 from gcfunc._algorithms.lookahead import lookahead, ranger
 from gcfunc._algorithms.radam import radam
+from gcfunc._algorithms.rmsprop import rmsprop
 from gcfunc._algorithms.sgd import sgd, sgdw
 from gcfunc._centralization.where import GC
 from gcfunc._step.hyperparams import check
@@ -77,6 +78,16 @@ class RAdam(DropIn, torch.optim.RAdam):
     _algorithm = staticmethod(radam)
 
 
+class RMSprop(DropIn, torch.optim.RMSprop):
+    """:class:`torch.optim.RMSprop` with ``gc``; see :func:`gcfunc.rmsprop`."""
+
+    _algorithm = staticmethod(rmsprop)
+
+    def _structure(self, group: Group) -> Options:
+        momentum = 0.0 if group["momentum"] == 0 else 0.5
+        return ("momentum", momentum), ("centered", group["centered"])
+
+
 class Ranger(DropIn, torch.optim.RAdam):
     """Lookahead over RAdam with decoupled weight decay; see :func:`gcfunc.ranger`."""
 
@@ -119,6 +130,8 @@ class Lookahead(DropIn):
                 f"{type(optimizer).__name__}"
             )
         own = check(k=k, alpha=alpha)
+        if "alpha" in optimizer.defaults:
+            own["lookahead_alpha"] = own.pop("alpha")
         self._inner = optimizer
         self._compile = optimizer._compile
         self._own = optimizer._own | own

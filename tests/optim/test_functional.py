@@ -94,6 +94,30 @@ def test_lookahead_equals_the_functional_one(kind: str) -> None:
     assert difference(slow, values(opt)) > 1e-4
 
 
+def test_two_options_called_alpha() -> None:
+    """RMSprop's keeps its name, and Lookahead's gets another."""
+    params, same = leaves(), leaves()
+    inner = optim.RMSprop(params.values(), lr=0.1, alpha=0.9)
+    opt = optim.Lookahead(inner, k=2, alpha=0.25)
+    (group,) = opt.param_groups
+    assert (group["alpha"], group["lookahead_alpha"]) == (0.9, 0.25)
+    slow = values(opt)
+    theirs = torch.optim.RMSprop(same.values(), lr=0.1, alpha=0.9)
+    for seed in range(6):
+        if seed == 3:
+            group["lookahead_alpha"] = 0.5
+            theirs.param_groups[0]["alpha"] = group["alpha"] = 0.8
+        train(opt, params, [seed])
+        train(theirs, same, [seed])
+        if seed % 2:
+            share = 0.5 if seed >= 3 else 0.25
+            slow = [s + share * (p - s) for s, p in zip(slow, values(theirs), strict=True)]
+            with torch.no_grad():
+                for p, s in zip(same.values(), slow, strict=True):
+                    p.copy_(s)
+        assert difference(values(opt), values(theirs)) <= EXACT
+
+
 def test_lookahead_goes_on_where_its_inner_optimizer_was() -> None:
     params = leaves()
     inner = optim.Adam(params.values(), lr=0.1, gc="gc")

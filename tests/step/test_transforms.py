@@ -181,8 +181,9 @@ def test_jvp(name: str, at: Any, taken: int) -> None:
     [
         *(partial(row.make, lr=0.01, weight_decay=0.0) for row in CATALOG.values()),
         lambda gc: gcfunc.adam(amsgrad=True, gc=gc),
+        lambda gc: gcfunc.rmsprop(centered=True, gc=gc),
     ],
-    ids=[*CATALOG, "amsgrad"],
+    ids=[*CATALOG, "amsgrad", "centered"],
 )
 def test_finite_at_gradients_of_zero(build: Callable[..., Optimizer], gc: GC | None) -> None:
     """Where a second moment is exactly zero, and the root's own derivative infinite."""
