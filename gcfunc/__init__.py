@@ -11,6 +11,7 @@ from gcfunc._algorithms.groups import (
     no_decay,
     no_decay_groups,
 )
+from gcfunc._algorithms.lion import lion
 from gcfunc._algorithms.lookahead import lookahead, ranger
 from gcfunc._algorithms.partition import partition
 from gcfunc._algorithms.radam import radam
@@ -42,6 +43,7 @@ __all__ = [
     "hooks",
     "layerwise_lr",
     "layerwise_lr_groups",
+    "lion",
     "load_state_dict",
     "lookahead",
     "no_decay",

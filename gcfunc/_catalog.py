@@ -200,6 +200,13 @@ CATALOG: dict[str, Algorithm] = {
         nearest_fused="adam",
         decay="coupled",
     ),
+    "lion": Algorithm(
+        gcfunc.lion,
+        optim.Lion,
+        {"": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}},
+        training={"lr": 1e-3, "weight_decay": 5e-2},
+        nearest="sgd",
+    ),
     "lookahead": Algorithm(
         gcfunc.lookahead,
         optim.Lookahead,

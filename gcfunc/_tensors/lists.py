@@ -70,6 +70,8 @@ div = _lift(torch._foreach_div, torch.div)
 """``x / y``; y a list or a scalar."""
 maximum = _lift(torch._foreach_maximum, torch.maximum)
 """The larger of x and y; y a list."""
+sign = _lift(torch._foreach_sign, torch.sign)
+"""-1, 0 or 1."""
 _sqrt = _lift(torch._foreach_sqrt, torch.sqrt)
 _clamp_min = _lift(torch._foreach_clamp_min, torch.clamp_min)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gcfunc._algorithms.adagrad import adagrad
 from gcfunc._algorithms.adam import adam, adamw
+from gcfunc._algorithms.lion import lion
 from gcfunc._algorithms.lookahead import lookahead, ranger
 from gcfunc._algorithms.radam import radam
 from gcfunc._algorithms.rmsprop import rmsprop
@@ -14,7 +15,7 @@ from gcfunc._algorithms.sgd import sgd, sgdw
 from gcfunc._centralization.where import GC
 from gcfunc._step.hyperparams import check
 from gcfunc._step.optimizer import Optimizer
-from gcfunc.optim.base import Constructor, DropIn
+from gcfunc.optim.base import Constructor, DropIn, OfConstructor
 from gcfunc.optim.groups import Group
 from gcfunc.optim.run import Options
 
@@ -86,6 +87,18 @@ class RMSprop(DropIn, torch.optim.RMSprop):
     def _structure(self, group: Group) -> Options:
         momentum = 0.0 if group["momentum"] == 0 else 0.5
         return ("momentum", momentum), ("centered", group["centered"])
+
+
+class Lion(DropIn, OfConstructor):
+    """Lion with ``gc``, of which torch has none; see :func:`gcfunc.lion`.
+
+    Example:
+        >>> import torch, gcfunc
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = gcfunc.optim.Lion(model.parameters(), lr=1e-4, weight_decay=0.1, gc="gc")
+    """
+
+    _algorithm = staticmethod(lion)
 
 
 class Ranger(DropIn, torch.optim.RAdam):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import gcfunc
 from gcfunc import GC, optim
@@ -116,6 +117,26 @@ def test_two_options_called_alpha() -> None:
                 for p, s in zip(same.values(), slow, strict=True):
                     p.copy_(s)
         assert difference(values(opt), values(theirs)) <= EXACT
+
+
+def plain_lion(params: list[Tensor], grads: list[list[Tensor]]) -> None:
+    """Lion as its paper has it: lr 0.1, betas 0.8 and 0.95, decay 0.5."""
+    momenta = [torch.zeros_like(p) for p in params]
+    for step in grads:
+        for p, m, g in zip(params, momenta, step, strict=True):
+            update = (0.8 * m + 0.2 * g).sign()
+            m.mul_(0.95).add_(g, alpha=0.05)
+            p.sub_(0.1 * (update + 0.5 * p))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_lion_is_its_paper(maximize: bool) -> None:
+    params, same = leaves(), [p.detach() for p in leaves().values()]
+    opt = optim.Lion(params.values(), 0.1, (0.8, 0.95), 0.5, maximize=maximize)
+    train(opt, params, range(50))
+    grads = [[*random_like(params, seed).values()] for seed in range(50)]
+    plain_lion(same, [[-g for g in step] for step in grads] if maximize else grads)
+    assert difference(values(opt), same) <= EXACT
 
 
 def test_lookahead_goes_on_where_its_inner_optimizer_was() -> None:
