@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DEMO := runs/demo
+CORE := gcfunc tests/tensors tests/centralization tests/step tests/algorithms
 
 # Threads that spin while they wait make training ten times slower on a machine that is busy.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow counts bench bench-save bench-compare bench-budgets bench-noise \
+.PHONY: help demo quick test slow counts bench bench-save bench-compare bench-budgets bench-noise \
 	bench-peers bench-scaling lint format notebooks clean
 
 help: ## show this list
@@ -24,6 +25,13 @@ help: ## show this list
 # A demo that was interrupted left its checkpoint behind: go on from there.
 demo: $(STAMPS)/recipes ## train on real images with and without gradient centralization
 	$(BIN)/gcfunc train $(if $(wildcard $(DEMO)/checkpoint.pt),--resume,--compare --out) $(DEMO)
+
+# On torch and small tools alone. conftest.py sets the markers.
+quick: $(STAMPS)/quick ## lint, and test the core, in a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --ignore-missing-imports gcfunc
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not compiles and not processes" $(CORE)
 
 test: $(STAMPS)/dev ## run every test, doctest and notebook
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -88,6 +96,6 @@ $(STAMPS)/venv: constraints.txt
 	$(PIP_INSTALL) torch setuptools
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/recipes $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
+$(STAMPS)/recipes $(STAMPS)/quick $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
