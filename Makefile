@@ -33,12 +33,12 @@ slow: $(STAMPS)/dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 counts: $(STAMPS)/bench ## write down the graphs, kernels, bytes and collectives that make test expects
-	$(BIN)/python -m benchmarks.counts --update
+	$(BIN)/python -m benchmarks.gates.counts --update
 
 # Without the wait policy above, which would make short parallel loops slow. OPTIONS are pytest's:
 # make bench OPTIONS='-k "adamw and resnet50"'
 BENCH := env -u OMP_WAIT_POLICY $(BIN)/python
-SUITE := $(BENCH) -m pytest -c benchmarks/pytest.ini benchmarks/test_ratios.py $(OPTIONS)
+SUITE := $(BENCH) -m pytest -c benchmarks/gates/pytest.ini benchmarks/gates/test_ratios.py $(OPTIONS)
 
 bench: $(STAMPS)/bench ## hold every step to its budget, as a ratio to torch; two hours, on a quiet machine
 	$(SUITE) --benchmark-quiet
@@ -50,17 +50,18 @@ bench-compare: $(STAMPS)/bench ## the same, and compare with the run kept last
 	$(SUITE) --benchmark-compare --benchmark-compare-fail=min:25%
 
 bench-budgets: $(STAMPS)/bench ## set the budgets from the runs kept
-	$(BENCH) -m benchmarks.budgets
+	$(BENCH) -m benchmarks.gates.budgets
 
 bench-noise: $(STAMPS)/bench ## run a sample five times, to see what noise there is; ten minutes
-	$(BENCH) -m benchmarks.noise
+	$(BENCH) -m benchmarks.gates.noise
 
 bench-peers: $(STAMPS)/bench ## compare with other libraries, and write README's figures; an hour
-	for benchmark in speed overhead memory compile_time train_step hooks figures; do \
+	for benchmark in peers.speed peers.overhead peers.memory peers.compile_time peers.train_step \
+		peers.hooks tables.figures; do \
 		$(BENCH) -m benchmarks.$$benchmark || exit 1; done
 
 bench-scaling: $(STAMPS)/bench ## plot time and memory over the number and size of tensors; twenty minutes
-	$(BENCH) -m benchmarks.scaling
+	$(BENCH) -m benchmarks.curves.scaling
 
 lint: $(STAMPS)/dev ## check style, format and types
 	$(BIN)/ruff check .
