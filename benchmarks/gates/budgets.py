@@ -2,8 +2,8 @@
 
 A budget is what was measured, and the margin that noise is given:
 
-    make bench-save
-    make bench-budgets        # from the latest figure of each case that was saved
+    make bench WHAT=save
+    make bench WHAT=budgets        # from the latest figure of each case that was saved
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ FOLDER = Path(__file__).parent / "budgets"
 STORAGE = Path(".benchmarks")
 """Where pytest-benchmark keeps its runs."""
 MARGIN = 1.25
+SET = "make bench WHAT=save, then make bench WHAT=budgets"
+"""The commands that set a budget."""
 
 HEAD = """\
 # The most that each benchmark may take, as a ratio of medians to its baseline in the same run:
 # {margin} times what was measured when its line was written, rounded up. Commit a higher number
-# only with the reason. `make bench-budgets` writes the file from what `make bench-save` kept.
+# only with the reason. `make bench WHAT=budgets` writes the file from what `WHAT=save` kept.
 # It holds for machines like this one: {machine}.
 """
 
@@ -91,7 +93,7 @@ def verdict(
 ) -> str | None:
     """What is wrong with a ratio, if anything, and what to do."""
     if name not in budgets:
-        return f"{name}: {ratio:.3f}, and no budget: make bench-save, then make bench-budgets"
+        return f"{name}: {ratio:.3f}, and no budget: {SET}"
     if ratio <= budgets[name]:
         return None
     return (
@@ -135,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     latest = {(case["device"], case["case"]): case for case in saved(args.storage)}
     if not latest:
-        parser.error(f"no run is saved in {args.storage}; make bench-save saves one")
+        parser.error(f"no run is saved in {args.storage}; make bench WHAT=save saves one")
     for device in sorted({device for device, _ in latest}):
         own = [case for (its, _), case in latest.items() if its == device]
         file = path(device)

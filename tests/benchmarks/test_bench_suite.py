@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.curves import scaling
 from benchmarks.gates import budgets, noise
 from benchmarks.gates import test_ratios as ratios
 from benchmarks.harness import measure
@@ -183,7 +184,7 @@ def test_no_run_to_set_budgets_from(
     monkeypatch.setattr(sys, "argv", ["budgets", "--storage", str(tmp_path)])
     with pytest.raises(SystemExit):
         budgets.main()
-    assert "make bench-save" in capsys.readouterr().err
+    assert "make bench WHAT=save" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -241,10 +242,36 @@ def test_an_accelerator_tells_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert log == ["record", "synchronize", "call", "record", "synchronize"]
 
 
+def make(what: str) -> subprocess.CompletedProcess[str]:
+    """What would be run."""
+    command = ["make", "-n", "bench", f"WHAT={what}"]
+    return subprocess.run(command, cwd=noise.ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "command"),
+    [
+        ("ratios", " ".join(noise.SUITE[1:])),
+        ("save", "--benchmark-autosave --ungated"),
+        ("compare", "--benchmark-compare "),
+        ("budgets", f"-m {budgets.__name__}"),
+        ("noise", f"-m {noise.__name__}"),
+        ("peers", "peers.speed "),
+        ("scaling", f"-m {scaling.__name__}"),
+    ],
+)
+def test_make_bench(what: str, command: str) -> None:
+    *_, last = make(what).stdout.splitlines()
+    assert command in last
+    unknown = make(f"{what}s")
+    assert unknown.returncode != 0
+    assert f" {what}" in unknown.stderr.partition("there are only")[2]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_an_unchanged_run_stays_inside_the_margins(tmp_path: Path) -> None:
-    """Five repetitions, as ``make bench-noise`` makes them; needs a quiet machine."""
+    """Five repetitions, as ``make bench WHAT=noise`` makes them; needs a quiet machine."""
     command = [
         sys.executable,
         "-m",
