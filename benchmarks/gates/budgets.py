@@ -24,8 +24,6 @@ FOLDER = Path(__file__).parent / "budgets"
 STORAGE = Path(".benchmarks")
 """Where pytest-benchmark keeps its runs."""
 MARGIN = 1.25
-SET = "make bench WHAT=save, then make bench WHAT=budgets"
-"""The commands that set a budget."""
 
 HEAD = """\
 # The most that each benchmark may take, as a ratio of medians to its baseline in the same run:
@@ -91,15 +89,19 @@ def commit(run: Mapping[str, Any]) -> str:
 def verdict(
     name: str, ratio: float, budgets: Mapping[str, float], history: Callable[[], Sequence[str]]
 ) -> str | None:
-    """What is wrong with a ratio, if anything, and what to do."""
-    if name not in budgets:
-        return f"{name}: {ratio:.3f}, and no budget: {SET}"
-    if ratio <= budgets[name]:
+    """What is wrong with a ratio, if anything; nothing can be where there is no budget."""
+    if ratio <= budgets.get(name, math.inf):
         return None
     return (
         f"{name}: {ratio:.3f} is over its budget of {budgets[name]:.3f}; "
         f"history: {', '.join(history()) or 'none saved'}"
     )
+
+
+def commands(tests: Sequence[str] = ()) -> str:
+    """What sets the budgets of these tests, or of all."""
+    options = f""" OPTIONS='-k "{" or ".join(tests)}"'""" if tests else ""
+    return f"make bench WHAT=save{options}, then make bench WHAT=budgets"
 
 
 def budget(ratio: float) -> float:

@@ -19,6 +19,8 @@ from benchmarks.harness import footprint, measure
 Call = Callable[[], object]
 FEWEST, MOST = 7, 500
 """Rounds of each case."""
+UNGATED = "ungated"
+"""Instead of a budget."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Gate(Protocol):
-    """Measures a case, and fails if it is over its budget."""
+    """Measures a case, and fails if it is over its budget, should it have one."""
 
     def __call__(
         self,
@@ -95,17 +97,17 @@ class Gate(Protocol):
 
 
 @pytest.fixture(scope="session")
-def allowed(pytestconfig: pytest.Config) -> dict[str, float] | None:
+def allowed(pytestconfig: pytest.Config) -> dict[str, float]:
     path = pytestconfig.getoption("budgets") or budgets.path(pytestconfig.getoption("device"))
     if not pytestconfig.getoption("ungated") and path.exists():
         return budgets.load(path)
-    return None
+    return {}
 
 
 @pytest.fixture
 def gate(
     benchmark: BenchmarkFixture,
-    allowed: dict[str, float] | None,
+    allowed: dict[str, float],
     device: str,
     pytestconfig: pytest.Config,
     record_property: Callable[[str, object], None],
@@ -148,14 +150,13 @@ def gate(
         found = measure.ratio(benchmark.stats.stats.data, theirs[-rounds:])
         case = {"case": name, "device": device, "to": to, "torch": torch.__version__}
         benchmark.extra_info |= case | found._asdict()
-        most = allowed[name] if allowed and name in allowed else "none"
+        most = allowed.get(name, UNGATED)
         quartiles = f"{found.low:.2f} to {found.high:.2f}"
         line = [name, f"{found.ratio:.2f}", quartiles, most, f"{1e3 * found.seconds:.2f} ms", to]
         record_property("ratio", line)
-        if allowed is not None:
-            earlier = partial(budgets.history, name, device, storage(pytestconfig))
-            if wrong := budgets.verdict(name, found.ratio, allowed, earlier):
-                pytest.fail(wrong, pytrace=False)
+        earlier = partial(budgets.history, name, device, storage(pytestconfig))
+        if wrong := budgets.verdict(name, found.ratio, allowed, earlier):
+            pytest.fail(wrong, pytrace=False)
 
     yield measured
     torch.compiler.reset()
@@ -179,14 +180,20 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    found = [dict(report.user_properties).get("ratio") for report in reports]
-    if not (lines := [line for line in found if isinstance(line, list)]):
+    found = {report.head_line: dict(report.user_properties).get("ratio") for report in reports}
+    by_test = {test: line for test, line in found.items() if isinstance(line, list)}
+    if not (lines := [*by_test.values()]):
         return
     terminalreporter.section("ratios of medians")
     head = ["case", "ratio", "quartiles", "budget", "time", "to"]
     terminalreporter.write_line(measure.table(head, lines))
-    if all(line[3] == "none" for line in lines):
-        terminalreporter.write_line("No case has a budget: nothing was gated.")
+    if ungated := {test: line[0] for test, line in by_test.items() if line[3] == UNGATED}:
+        some = len(ungated) < len(lines)
+        which = f"Ungated: {', '.join(ungated.values())}."
+        terminalreporter.write_line(which if some else "No case has a budget: nothing was gated.")
+        if not config.getoption("ungated"):
+            commands = budgets.commands([*ungated] if some else ())
+            terminalreporter.write_line(f"To set what is lacking: {commands}.")
     if config.getoption("benchmark_compare"):
         device = config.getoption("device")
         *_, last = saved_here(config)

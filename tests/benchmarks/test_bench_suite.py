@@ -81,6 +81,21 @@ def test_a_slowed_step_is_caught(saved: Path, set_budgets: Callable[..., Path]) 
         assert float(ratio) > most
 
 
+def test_a_case_without_a_budget_is_marked_and_fails_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.toml"
+    path.write_text(budgets.written({NAMES[0]: 1000.0}))
+    done = suite(f"--budgets={path}")
+    assert done.returncode == 0, done.stdout
+    gated, ungated = (
+        next(x for x in done.stdout.splitlines() if x.startswith(f"| {name} |")) for name in NAMES
+    )
+    assert "| 1000" in gated
+    assert "| ungated |" in ungated
+    assert f"Ungated: {NAMES[1]}." in done.stdout
+    command = budgets.commands(["test_packed_step[cpu-tiny_cnn-sgd]"])
+    assert f"To set what is lacking: {command}." in done.stdout
+
+
 def test_budgets_that_do_not_exist() -> None:
     done = suite("--budgets=none.toml")
     assert done.returncode != 0
@@ -92,9 +107,7 @@ def test_verdict() -> None:
     over = "a: 1.010 is over its budget of 1.000; history: "
     assert budgets.verdict("a", 1.01, {"a": 1.0}, list) == f"{over}none saved"
     assert budgets.verdict("a", 1.01, {"a": 1.0}, lambda: ["0.9", "1"]) == f"{over}0.9, 1"
-    new = budgets.verdict("b", 1.0, {"a": 1.0}, list)
-    assert new is not None
-    assert new.startswith("b: 1.000, and no budget")
+    assert budgets.verdict("b", 9.0, {"a": 1.0}, list) is None
 
 
 def run_file(folder: Path, number: int, ratio: float) -> Path:
@@ -149,14 +162,14 @@ def test_budgets_are_read_as_written(tmp_path: Path) -> None:
     assert "c = { gc = 1, gcc = 1.25 }" in path.read_text()
 
 
-def test_every_case_has_a_budget() -> None:
-    """And no other has one that nobody would miss."""
+def cases() -> set[str]:
+    """All that the suite measures."""
     convolutional = {m for m, shapes in MODELS.items() if max(map(len, shapes().values())) == 4}
     steps = itertools.product(MODELS, ratios.MODES, OURS, ratios.GC)
     ways = itertools.product(train_step.MODELS, ("sgd", "adamw"), ratios.WAYS)
     compiled = itertools.product(("sgd", "adamw"), ("packed", "unpacked"), ("cold", "warm"))
     hooked = itertools.product(("cnn", "resnet50", "mlp", "transformer"), ("eager", "compiled"))
-    names = {
+    return {
         *(".".join(("step", *c)) for c in steps if c[-1] != "gcc" or c[0] in convolutional),
         *(".".join(("packed_step", *c, "gc")) for c in itertools.product(MODELS, COMPARED)),
         *(".".join(("packing", *c)) for c in itertools.product(MODELS, ("pack", "unpack"))),
@@ -164,7 +177,16 @@ def test_every_case_has_a_budget() -> None:
         *(".".join(("train_step", *c)) for c in ways if c[-1] != "gcc" or c[0] == "cnn"),
         *(f"compilation.resnet50.{a}-{form}.{start}" for a, form, start in compiled),
     }
-    assert {*budgets.load(budgets.path("cpu"))} == names
+
+
+def test_every_budget_has_its_case() -> None:
+    assert {*budgets.load(budgets.path("cpu"))} <= cases()
+
+
+def test_every_case_has_a_budget() -> None:
+    """Or is listed: nobody without the reference machine could set one."""
+    if ungated := cases() - {*budgets.load(budgets.path("cpu"))}:
+        pytest.skip(f"ungated: {', '.join(sorted(ungated))}; {budgets.commands(['...'])}")
 
 
 def test_setting_budgets_of_some_cases_keeps_the_others(
