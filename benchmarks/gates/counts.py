@@ -30,21 +30,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import convert_frame, eval_frame
-from torch._dynamo.utils import counters
-from torch._inductor import compile_fx, metrics
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
@@ -55,10 +49,10 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import gcfunc
+from benchmarks.gates.internals import compiling, held, profiled
 from benchmarks.harness import measure, processes
 from benchmarks.peers.algorithms import DROP_INS, OURS
 from gcfunc import GC
-from gcfunc.compile import Donated
 from gcfunc.hooks import centralize_backward, register_ddp
 
 Counts = dict[str, int]
@@ -113,12 +107,12 @@ class Stepping(NamedTuple):
     Attributes:
         change: Values and learning rate, before the step of a number.
         step: One step.
-        graphs: What of gcfunc's holds compiled code, after it.
+        stepper: What of gcfunc's may hold compiled code.
     """
 
     change: Callable[[int], object]
     step: Callable[[], object]
-    graphs: Callable[[], Iterable[Any]] = tuple
+    stepper: object = None
 
 
 def functional(
@@ -146,7 +140,7 @@ def functional(
         nonlocal params, state
         params, state = opt.step(params, grads, state)
 
-    found = count(Stepping(change, step, opt.graphs.values if isinstance(opt, Donated) else tuple))
+    found = count(Stepping(change, step, opt))
     if found["calls"] == 1:
         passes = 3 + 2 * len(state.slots)
         found["bytes_least"] = passes * sum(p.nbytes for p in plain.values())
@@ -163,11 +157,7 @@ def drop_in(algorithm: str, gc: str) -> Counts:
         for p in model.parameters():
             p.grad = torch.randn_like(p)
 
-    def graphs() -> Iterable[Any]:
-        held: dict[Any, dict[Any, Any]] = optimizer._graphs  # type: ignore[attr-defined]
-        return [graph for by_key in held.values() for graph in by_key.values()]
-
-    return count(Stepping(change, optimizer.step, graphs))
+    return count(Stepping(change, optimizer.step, optimizer))
 
 
 def train_step(algorithm: str, gc: str) -> Counts:
@@ -235,12 +225,11 @@ def count(stepping: Stepping, *, allocations: bool = True) -> Counts:
         stepping.change(STEPS)
         events = profiled(stepping.step)
         total = compiled()
-    ahead = sum(len(graph._variants) for graph in stepping.graphs())
     found = {
         "graphs": graphs,
         "graph_breaks": total.graph_breaks,
         "recompiles": total.graphs - graphs,
-        "cache_entries": total.cache_entries + ahead,
+        "cache_entries": total.cache_entries + held(stepping.stepper),
         "calls": sum(name.startswith("## Call CompiledFxGraph") for name, _ in events),
         "kernels": total.kernels,
         "bytes": total.bytes,
@@ -249,60 +238,6 @@ def count(stepping: Stepping, *, allocations: bool = True) -> Counts:
         sizes = [size for name, size in events if name == "[memory]" and size > 0]
         found |= {"allocations": len(sizes), "allocated_bytes": sum(sizes)}
     return found
-
-
-class Compiled(NamedTuple):
-    """What Dynamo and Inductor made."""
-
-    graphs: int
-    graph_breaks: int
-    cache_entries: int
-    kernels: int
-    bytes: int
-
-
-@contextmanager
-def compiling() -> Iterator[Callable[[], Compiled]]:
-    """Begin with nothing compiled; the function yielded says what has been since.
-
-    By private names: torch has no public ones for these.
-    """
-
-    def compiled() -> Compiled:
-        codes = [code() for code in convert_frame.input_codes.seen]
-        return Compiled(
-            counters["stats"]["unique_graphs"],
-            sum(counters["graph_break"].values()),
-            sum(len(eval_frame._debug_get_cache_entry_list(code)) for code in codes if code),
-            metrics.generated_kernel_count,
-            metrics.num_bytes_accessed,
-        )
-
-    torch.compiler.reset()
-    counters.clear()
-    metrics.reset()
-    # Bytes are added up for this log only, and a cached graph may have been compiled without it.
-    log = logging.Logger("bytes", logging.INFO)
-    with (
-        mock.patch.object(compile_fx, "inductor_metrics_log", log),
-        torch._inductor.config.patch(fx_graph_cache=False),
-    ):
-        try:
-            yield compiled
-        finally:
-            torch.compiler.reset()
-
-
-def profiled(call: Callable[[], object]) -> list[tuple[str, int]]:
-    """Names and sizes of what happened, a size being that of memory that was taken or given back.
-
-    From private names: the public ones add sizes up by operator.
-    """
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        call()
-    results: Any = profile.profiler
-    return [(event.name(), event.nbytes()) for event in results.kineto_results.events()]
 
 
 def ddp(*, hooks: bool) -> DistributedDataParallel:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import gcfunc
+from benchmarks.gates import internals
 from benchmarks.gates.conftest import Gate
 from benchmarks.harness.shapes import MODELS, tensors
 from benchmarks.peers import hooks, steps, train_step
@@ -129,12 +130,8 @@ def test_train_step(gate: Gate, device: str, model: str, algorithm: str, way: st
 
 
 def restart(cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Compile as a new process would, with this cache on disk.
-
-    By a private name: ``torch.compiler.reset`` keeps the code that Inductor has loaded.
-    """
-    torch.compiler.reset()
-    torch._inductor.utils.clear_caches()
+    """Compile as a new process would, with this cache on disk."""
+    internals.forget()
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     patch.setenv("TRITON_CACHE_DIR", str(cache / "triton"))
 

@@ -4,17 +4,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import gcfunc
 from benchmarks.gates import counts
-from gcfunc.centralize import centralize_list, centralize_one
-from gcfunc.compile import INDUCTOR_OPTIONS, Donated
+from tests.benchmarks import faults
 from tests.processes import Processes
 
 Run = Callable[[], counts.Counts]
@@ -75,11 +72,7 @@ def test_quantities_that_are_new_or_gone(found: dict[str, counts.Counts]) -> Non
 
 
 def test_a_graph_break(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
-        torch._dynamo.graph_break()
-        return centralize_list(*args)
-
-    monkeypatch.setattr("gcfunc._pipeline.centralize_list", broken)
+    faults.graph_break(monkeypatch)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break") as raised:
         run("--cases", "sgd")
     assert raised.value.__notes__ == ["in case sgd"]
@@ -133,7 +126,7 @@ def test_gradients_in_another_layout() -> None:
         g = torch.randn(8, 8)
         grads = {"w": g.t() if t % 2 else g}
 
-    stepping = counts.Stepping(change, lambda: opt.step(params, grads, state), opt.graphs.values)
+    stepping = counts.Stepping(change, lambda: opt.step(params, grads, state), opt)
     turned = counts.count(stepping)
     assert (turned["graphs"], turned["recompiles"], turned["cache_entries"]) == (1, 1, 2)
     assert {"recompiles", "cache_entries"} <= differing("sgd", turned)
@@ -142,21 +135,14 @@ def test_gradients_in_another_layout() -> None:
 def test_what_is_written_and_read_again(
     found: dict[str, counts.Counts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(INDUCTOR_OPTIONS, "realize_reads_threshold", 4)
-    monkeypatch.setitem(INDUCTOR_OPTIONS, "realize_opcount_threshold", 30)
+    faults.written_and_read_again(monkeypatch)
     more = RUNS["adamw"]()
     assert {"kernels", "bytes"} <= differing("adamw", more)
     assert all(more[name] > found["adamw"][name] for name in ("kernels", "bytes"))
 
 
 def test_an_allocation(found: dict[str, counts.Counts], monkeypatch: pytest.MonkeyPatch) -> None:
-    step_flat = Donated.step_flat
-
-    def allocating(*args: Any) -> None:
-        torch.empty(10)
-        step_flat(*args)
-
-    monkeypatch.setattr(Donated, "step_flat", allocating)
+    faults.allocation(monkeypatch)
     more = RUNS["sgd"]()
     assert differing("sgd", more) == {"allocations", "allocated_bytes"}
     assert more["allocations"] == found["sgd"]["allocations"] + 1
@@ -164,12 +150,8 @@ def test_an_allocation(found: dict[str, counts.Counts], monkeypatch: pytest.Monk
 
 
 def all_reducing(case: str) -> counts.Counts:
-    def centralize(grad: Tensor, unit: Any) -> Tensor:
-        dist.all_reduce(torch.zeros(1))
-        return centralize_one(grad, unit)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gcfunc.hooks.centralize_one", centralize)
+        faults.all_reduce(patch)
         return counts.collectives(case)
 
 

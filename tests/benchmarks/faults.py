@@ -1,0 +1,64 @@
+"""What must not get through the gates, put into gcfunc by private names, all of them here."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gcfunc.centralize import centralize_list, centralize_one
+from gcfunc.compile import INDUCTOR_OPTIONS, Donated
+
+
+def slow_centralization(patch: pytest.MonkeyPatch) -> None:
+    """Compiled or not."""
+    # Not the function of that name.
+    centralize: Any = import_module("gcfunc.centralize")
+    quick = centralize._less_mean
+
+    def slow(g: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ordered = g.flatten()
+        for _ in range(20):
+            ordered = ordered.sort(descending=True).values.sort().values
+        return quick(g, *args, **kwargs) + 1e-30 * ordered.view_as(g)
+
+    patch.setattr(centralize, "_less_mean", slow)
+
+
+def graph_break(patch: pytest.MonkeyPatch) -> None:
+    """In a compiled step."""
+
+    def broken(*args: Any) -> Any:
+        torch._dynamo.graph_break()
+        return centralize_list(*args)
+
+    patch.setattr("gcfunc._pipeline.centralize_list", broken)
+
+
+def written_and_read_again(patch: pytest.MonkeyPatch) -> None:
+    """What one kernel could do, by several."""
+    patch.setitem(INDUCTOR_OPTIONS, "realize_reads_threshold", 4)
+    patch.setitem(INDUCTOR_OPTIONS, "realize_opcount_threshold", 30)
+
+
+def allocation(patch: pytest.MonkeyPatch) -> None:
+    """Of 40 bytes, in a donated step."""
+    step_flat = Donated.step_flat
+
+    def allocating(*args: Any) -> None:
+        torch.empty(10)
+        step_flat(*args)
+
+    patch.setattr(Donated, "step_flat", allocating)
+
+
+def all_reduce(patch: pytest.MonkeyPatch) -> None:
+    """One for each gradient that hooks centralize."""
+
+    def centralize(grad: Tensor, unit: Any) -> Tensor:
+        dist.all_reduce(torch.zeros(1))
+        return centralize_one(grad, unit)
+
+    patch.setattr("gcfunc.hooks.centralize_one", centralize)
