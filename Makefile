@@ -16,8 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test slow counts bench bench-save bench-compare bench-budgets bench-noise \
-	bench-peers bench-scaling lint format notebooks clean
+.PHONY: help demo quick test slow counts bench lint format notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -41,34 +40,34 @@ slow: $(STAMPS)/dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 counts: $(STAMPS)/bench ## write down the graphs, kernels, bytes and collectives that make test expects
-	$(BIN)/python -m benchmarks.counts --update
+	$(BIN)/python -m benchmarks.gates.counts --update
 
 # Without the wait policy above, which would make short parallel loops slow. OPTIONS are pytest's:
 # make bench OPTIONS='-k "adamw and resnet50"'
 BENCH := env -u OMP_WAIT_POLICY $(BIN)/python
-SUITE := $(BENCH) -m pytest -c benchmarks/pytest.ini benchmarks/test_ratios.py $(OPTIONS)
+SUITE := $(BENCH) -m pytest -c benchmarks/gates/pytest.ini benchmarks/gates/test_ratios.py $(OPTIONS)
 
-bench: $(STAMPS)/bench ## hold every step to its budget, as a ratio to torch; two hours, on a quiet machine
-	$(SUITE) --benchmark-quiet
+WHAT ?= ratios
+WHATS := ratios save compare budgets noise peers scaling
+# Hold every step to its budget, as a ratio to torch: two hours, on a quiet machine.
+bench-ratios := $(SUITE) --benchmark-quiet
+# Measure the same, whatever the budgets are, and keep the run.
+bench-save := $(SUITE) --benchmark-quiet --benchmark-autosave --ungated
+# The same as ratios, and compare with the run kept last.
+bench-compare := $(SUITE) --benchmark-compare --benchmark-compare-fail=min:25%
+# Set the budgets from the runs kept.
+bench-budgets := $(BENCH) -m benchmarks.gates.budgets
+# Run a sample five times, to see what noise there is: ten minutes.
+bench-noise := $(BENCH) -m benchmarks.gates.noise
+# Compare with other libraries, and write README's figures: an hour.
+PEERS := peers.speed peers.overhead peers.memory peers.compile_time peers.train_step peers.hooks
+bench-peers := for command in $(PEERS) tables.figures; do \
+	$(BENCH) -m benchmarks.$$command || exit 1; done
+# Plot time and memory over the number and size of tensors: twenty minutes.
+bench-scaling := $(BENCH) -m benchmarks.curves.scaling
 
-bench-save: $(STAMPS)/bench ## measure the same, whatever the budgets are, and keep the run
-	$(SUITE) --benchmark-quiet --benchmark-autosave --ungated
-
-bench-compare: $(STAMPS)/bench ## the same, and compare with the run kept last
-	$(SUITE) --benchmark-compare --benchmark-compare-fail=min:25%
-
-bench-budgets: $(STAMPS)/bench ## set the budgets from the runs kept
-	$(BENCH) -m benchmarks.budgets
-
-bench-noise: $(STAMPS)/bench ## run a sample five times, to see what noise there is; ten minutes
-	$(BENCH) -m benchmarks.noise
-
-bench-peers: $(STAMPS)/bench ## compare with other libraries, and write README's figures; an hour
-	for benchmark in speed overhead memory compile_time train_step hooks figures; do \
-		$(BENCH) -m benchmarks.$$benchmark || exit 1; done
-
-bench-scaling: $(STAMPS)/bench ## plot time and memory over the number and size of tensors; twenty minutes
-	$(BENCH) -m benchmarks.scaling
+bench: $(if $(bench-$(WHAT)),$(STAMPS)/bench) ## measure speed, with WHAT=ratios (default), save, compare, budgets, noise, peers or scaling
+	$(or $(bench-$(WHAT)),$(error WHAT=$(WHAT): there are only $(WHATS)))
 
 lint: $(STAMPS)/dev ## check style, format and types
 	$(BIN)/ruff check .

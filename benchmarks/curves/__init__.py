@@ -1,0 +1,1 @@
+"""How time, compilation and memory grow."""

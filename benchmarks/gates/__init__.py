@@ -1,0 +1,1 @@
+"""What a change must pass: counts, ratios within budgets, and how noisy they are."""

@@ -1,0 +1,1 @@
+"""What gcfunc is measured against, and the commands that compare with it."""
