@@ -74,11 +74,12 @@ class Planned:
     ) -> tuple[Plan, list[Graph]]:
         """The latest plan and its graphs, or new ones; ``besides`` is written in the same step."""
         serving = self._serving  # read once: another thread may step another model
-        if serving is None or not serving[0].serves(flat, gs, state, besides.values()):
+        written = besides.values() if besides else ()
+        if serving is None or not serving[0].serves(flat, gs, state, written):
             require_tensors(flat.names, flat.leaves, "params")
             buckets = self._opt.buckets(flat, gs, state, self._projections)
             ahead = self._compiles_ahead(buckets)
-            plan = Plan(buckets, flat, gs, state, split=ahead, besides=besides.values())
+            plan = Plan(buckets, flat, gs, state, split=ahead, besides=written)
             own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]
             serving = self._serving = plan, own
         return serving
@@ -105,7 +106,9 @@ class Planned:
     ) -> list[Any]:
         """Call each substep's graph, with ``more`` after its own arguments, and count."""
         count = state.step + 1
-        arguments = [(*own, *more) for own in plan.arguments(gs, count, state)]
+        arguments: Sequence[tuple[Any, ...]] = plan.arguments(gs, count, state)
+        if more:
+            arguments = [(*own, *more) for own in arguments]
         # All are compiled before the first one writes.
         calls = [graph.ready(own) for graph, own in zip(graphs, arguments, strict=True)]
         results = [call(*own) for call, own in zip(calls, arguments, strict=True)]
