@@ -7,7 +7,7 @@ import pytest
 NEEDS = {
     "gcfunc/integrations/mmengine.py": ["mmengine"],
     "gcfunc/recipes": ["matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn"],
-    "tests/centralization/test_select.py": ["transformers"],
+    "tests/centralization/test_select_models.py": ["transformers"],
 }
 """What torch alone cannot import. Doctests are sought everywhere, and importing is how."""
 

@@ -1,4 +1,6 @@
-"""The README's figures, from ``benchmarks/results``: its tables, between markers, and its chart.
+"""The README's tables, between markers, and its chart.
+
+Figures are from ``benchmarks/results``, algorithms from the catalogue.
 
 python -m benchmarks.tables.figures
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 from benchmarks.harness import measure
 from benchmarks.harness.shapes import MODELS
+from gcfunc._catalog import CATALOG
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -284,7 +287,25 @@ def span(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": table_of_speed, "costs": table_of_costs}
+def table_of_algorithms() -> str:
+    """A row for each of the catalogue."""
+    lines = []
+    for name, row in CATALOG.items():
+        constructor = f"`{name}(inner)`" if row.around else f"`{name}`"
+        equal_to = f"torch's `{row.twin.__name__}`" if row.twin else ""
+        reference = commas(f"`{other}`" for other in row.reference)
+        either = row.takes("decoupled_weight_decay")
+        decay = "of `inner`" if row.around else "either" if either else row.decay
+        lines.append([constructor, f"`{row.drop_in.__name__}`", equal_to, decay, reference])
+    head = ["", "in `gcfunc.optim`", "equal without GC", "weight decay", "the reference's names"]
+    return measure.table(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "algorithms": table_of_algorithms,
+    "speed": table_of_speed,
+    "costs": table_of_costs,
+}
 
 
 def rendered(text: str) -> str:

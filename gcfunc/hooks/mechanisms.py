@@ -71,7 +71,10 @@ class Mechanism(ABC):
             handle = self.register(param, hook)
             if self.runs_first:
                 hooks: Any = handle.hooks_dict_ref()
-                hooks.move_to_end(handle.id, last=False)
+                # Not OrderedDict.move_to_end: autograd reads the dict beneath, in C++, whose order
+                # that does not change.
+                for other in [key for key in hooks if key != handle.id]:
+                    hooks[other] = hooks.pop(other)
         finally:
             param.requires_grad_(not frozen)
         return handle, hook

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,23 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 """What each wing may import. docs/design.md has it as a picture."""
 ABOVE = ("recipes", "integrations")
-"""These use the library as anybody does, and nothing in it uses them."""
+"""These use the library, and nothing in it uses them."""
+
+
+def reached(wing: str, arrows: set[tuple[str, str]]) -> set[str]:
+    below = {to for start, to in arrows if start == wing}
+    return below.union(*(reached(to, arrows) for to in below))
+
+
+def test_the_picture_shows_it() -> None:
+    picture = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("```mermaid")[2]
+    lines = picture.partition("```")[0].splitlines()
+    found = (re.match(r"\s*(\w+)(?:\[.*\])? --> (\w+)", line) for line in lines)
+    arrows = {(match[1], match[2]) for match in found if match}
+    assert {wing for wing, _ in arrows} | {"_tensors"} == {*BELOW}
+    for wing, below in BELOW.items():
+        assert {to for start, to in arrows if start == wing} <= {*below}
+        assert {*below} <= reached(wing, arrows)
 
 
 def wing_of(module: str) -> str:

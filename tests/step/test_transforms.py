@@ -1,6 +1,6 @@
 """torch.func through steps: grad, jvp, vmap, and their combinations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -38,13 +38,6 @@ def _by_lr(row: Algorithm) -> Callable[..., Optimizer]:
 
 
 BY_LR = {name: _by_lr(row) for name, row in CATALOG.items()}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def draw(seed: int, *batch: int) -> Params:
@@ -254,6 +247,7 @@ def test_an_ensemble_is_made_under_vmap(name: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "aot_eager") for name in ALGORITHMS]
@@ -313,6 +307,7 @@ def test_hypergradients_of_an_ensemble(name: str) -> None:
         torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=EXACT)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
 def test_a_compiled_hypergradient(name: str) -> None:
     opt = ALGORITHMS[name](GC("gc"))
@@ -326,6 +321,7 @@ def test_a_compiled_hypergradient(name: str) -> None:
         torch.testing.assert_close(compiled(lr), grad(f)(lr), rtol=0, atol=EXACT)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_under_vmap() -> None:
     """The private hook still tells; it must, for as long as the test below passes."""
 
@@ -380,6 +376,7 @@ def test_foreach_still_has_no_derivative_of_a_scalar() -> None:
         grad(lambda s: times(s).sum())(s)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_foreach_still_makes_a_scalar_a_constant() -> None:
     """Likewise: a schedule of eps would recompile every step."""
 
