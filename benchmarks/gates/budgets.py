@@ -1,4 +1,4 @@
-"""What each ratio may be: benchmarks/gates/budgets/cpu.toml, and how its numbers come about.
+"""What each ratio may be: benchmarks/budgets/cpu.toml, and how its numbers come about.
 
 A budget is what was measured, and the margin that noise is given:
 
@@ -20,7 +20,7 @@ from benchmarks.harness import measure
 
 Case = dict[str, Any]
 
-FOLDER = Path(__file__).parent / "budgets"
+FOLDER = Path(__file__).parents[1] / "budgets"
 STORAGE = Path(".benchmarks")
 """Where pytest-benchmark keeps its runs."""
 MARGIN = 1.25

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gcfunc")
     group.addoption("--device", default=measure.device(), help="where to measure")
     group.addoption("--seconds", type=float, default=2.0, help="to measure each case for")
-    group.addoption("--budgets", type=Path, help="instead of benchmarks/gates/budgets/DEVICE.toml")
+    group.addoption("--budgets", type=Path, help="instead of benchmarks/budgets/DEVICE.toml")
     group.addoption("--ungated", action="store_true", help="whatever the budgets are")
 
 

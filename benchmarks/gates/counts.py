@@ -59,7 +59,7 @@ Counts = dict[str, int]
 Params = dict[str, Tensor]
 
 VERSION = torch.__version__.partition("+")[0]
-EXPECTED = Path(__file__).parent / "expected" / f"torch-{VERSION}.json"
+EXPECTED = Path(__file__).parents[1] / "expected" / f"torch-{VERSION}.json"
 UPDATE = "`make counts`, or python -m benchmarks.gates.counts --update, records what is found"
 STEPS = 5
 TIMEOUT = 120.0
