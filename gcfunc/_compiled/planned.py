@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
+from gcfunc._centralization.formula import Units
 from gcfunc._compiled.graph import Graph, compiles_ahead
 from gcfunc._compiled.plan import Plan
 from gcfunc._compiled.substep import SubStep
-from gcfunc._step.bucket import Bucket, Projections
+from gcfunc._step.bucket import Bucket
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
 from gcfunc._tensors.check import require_tensors
@@ -39,7 +40,7 @@ class Planned:
         opt: The optimizer.
         kwargs: What :func:`torch.compile` is called with.
         graphs: Compiled graphs to share with others of the same optimizer.
-        projections: As in :meth:`Optimizer.buckets`, for who steps the same leaves ever again.
+        units: As in :meth:`Optimizer.buckets`, for whoever steps the same leaves ever again.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class Planned:
         opt: Optimizer,
         kwargs: dict[str, Any],
         graphs: Graphs | None = None,
-        projections: Projections | None = None,
+        units: Sequence[Units | None] | None = None,
     ) -> None:
         self._opt = opt
         self._kwargs = kwargs
         self.graphs: Graphs = {} if graphs is None else graphs
-        self._projections = projections
+        self._units = units
         self._serving: tuple[Plan, list[Graph]] | None = None
 
     def step(self, flat: FlatTree, gs: Sequence[Tensor | None], state: State) -> None:
@@ -62,7 +63,7 @@ class Planned:
             self._call(plan, graphs, gs, state)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
-            self._opt.buckets(flat, gs, state, self._projections)
+            self._opt.buckets(flat, gs, state, self._units)
             raise
 
     def _plan_for(
@@ -77,7 +78,7 @@ class Planned:
         written = besides.values() if besides else ()
         if serving is None or not serving[0].serves(flat, gs, state, written):
             require_tensors(flat.names, flat.leaves, "params")
-            buckets = self._opt.buckets(flat, gs, state, self._projections)
+            buckets = self._opt.buckets(flat, gs, state, self._units)
             ahead = self._compiles_ahead(buckets)
             plan = Plan(buckets, flat, gs, state, split=ahead, besides=written)
             own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfunc._centralization.formula import Projection
+from gcfunc._centralization.formula import Projection, Units
+from gcfunc._centralization.kinds import of_tensor
 from gcfunc._centralization.where import require_some, resolve
-from gcfunc._step.bucket import Bucket, ListAlgorithm, Projections, join
+from gcfunc._step.bucket import Bucket, ListAlgorithm, join
 from gcfunc._step.state import State, require_scalars, require_state
 from gcfunc._tensors import trees
 from gcfunc._tensors.check import require_like, require_tensors
@@ -53,16 +54,19 @@ class Grouped:
         flat: FlatTree,
         gs: Sequence[Tensor | None],
         state: State,
-        projections: Projections | None = None,
+        units: Sequence[Units | None] | None = None,
     ) -> list[Bucket]:
         """What is stepped together, or the errors about gradients and state.
 
-        ``projections`` are given by whoever has asked ``where`` already.
+        ``units``, for each leaf, are given by whoever has asked ``where`` already.
         """
         _require_grads(flat.names, flat.leaves, gs)
         groups = self.groups(flat)
         self._require_state(flat, groups, state)
-        projections = self.projections(flat, groups) if projections is None else projections
+        if units is None:
+            projections = self.projections(flat, groups)
+        else:
+            projections = [u and of_tensor(u, t) for u, t in zip(units, flat.leaves, strict=True)]
         buckets: list[Bucket] = []
         for key, members in groups.items():
             alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}

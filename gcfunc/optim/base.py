@@ -114,7 +114,8 @@ class DropIn(torch.optim.Optimizer):
     def _functional_for(self, group: Group, *, centralizes: bool) -> tuple[Optimizer, Graphs]:
         """The functional optimizer, shared by groups that are alike, and what it has compiled."""
         gc = as_gc(group["gc"]) if centralizes else None
-        # Which parameters it takes is for the projections to say, with which it is called.
+        # Which parameters it takes is said in each step, by the units that ``where`` was found to
+        # mean.
         gc = gc and GC(at=gc.at)
         key = self._constructor(group), self._structure(group), gc
         if key not in self._functionals:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gcfunc._centralization.formula import Units
 from gcfunc._compiled.graph import compile_options, require_torch_compile
 from gcfunc._compiled.planned import Graphs, Planned
-from gcfunc._step.bucket import Projections
 from gcfunc._step.optimizer import Optimizer, stepped
 from gcfunc._step.state import State, slot_tensors
 from gcfunc._tensors import sharding
@@ -17,14 +17,16 @@ from gcfunc._tensors.trees import FlatTree
 
 Step = Callable[[FlatTree, Sequence[Tensor], State], None]
 """A step in place, on trees that were taken apart."""
+Answers = Sequence[Units | None]
+"""What ``where`` says of each leaf."""
 
 
-def eager(opt: Optimizer, projections: Projections) -> Step:
+def eager(opt: Optimizer, units: Answers) -> Step:
     """The functional step, its results copied over what they were made from."""
 
     def step(flat: FlatTree, grads: Sequence[Tensor], state: State) -> None:
         require_tensors(flat.names, flat.leaves, "params")
-        buckets = opt.buckets(flat, grads, state, projections)
+        buckets = opt.buckets(flat, grads, state, units)
         new, new_state = stepped(flat, grads, state, buckets)
         old = [*flat.leaves, *slot_tensors(state)]
         torch._foreach_copy_(
@@ -37,7 +39,7 @@ def eager(opt: Optimizer, projections: Projections) -> Step:
 
 
 def compiled(
-    opt: Optimizer, projections: Projections, graphs: Graphs, failures: list[Exception] | None
+    opt: Optimizer, units: Answers, graphs: Graphs, failures: list[Exception] | None
 ) -> Step:
     """A compiled step that shares ``graphs``.
 
@@ -45,14 +47,14 @@ def compiled(
     """
     if failures is None:
         require_torch_compile()
-        return Planned(opt, compile_options({}), graphs, projections).step
-    otherwise = eager(opt, projections)
+        return Planned(opt, compile_options({}), graphs, units).step
+    otherwise = eager(opt, units)
     if not failures:
         try:
             require_torch_compile()
         except RuntimeError as error:
             _note(error, failures)
-    planned = Planned(opt, compile_options({}), graphs, projections)
+    planned = Planned(opt, compile_options({}), graphs, units)
 
     def step(flat: FlatTree, grads: Sequence[Tensor], state: State) -> None:
         if not failures:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gcfunc._centralization.formula import Units
-from gcfunc._centralization.kinds import of_tensor
 from gcfunc._compiled.planned import Graphs
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
@@ -106,12 +105,11 @@ class SameAge:
         self._flat, self._count = trees.flatten(params, "params"), count
         own = [units[name] for name in params]
         opt, graphs = optimizer._functional_for(group, centralizes=any(own))
-        projections = [u and of_tensor(u, p) for u, p in zip(own, params.values(), strict=True)]
         if optimizer._compiles():
             failures = optimizer._failures if optimizer._compile is None else None
-            self._step = inplace.compiled(opt, projections, graphs, failures)
+            self._step = inplace.compiled(opt, own, graphs, failures)
         else:
-            self._step = inplace.eager(opt, projections)
+            self._step = inplace.eager(opt, own)
         self._state = self._shared_state(optimizer, opt, params)
         self._given: dict[str, Any] = {}
 

@@ -23,9 +23,9 @@ class Calls:
         self.called: list[int] = []
         self._error = error
 
-    def __call__(self, opt: gcfunc.Optimizer, _: Any, graphs: Any, projections: Any) -> "Calls":
+    def __call__(self, opt: gcfunc.Optimizer, _: Any, graphs: Any, units: Any) -> "Calls":
         self.made.append(opt)
-        self._eager = inplace.eager(opt, projections)
+        self._eager = inplace.eager(opt, units)
         return self
 
     def step(self, flat: Any, grads: Any, state: Any) -> None:
