@@ -32,28 +32,29 @@ class Algorithm:
         training: Common settings. The defaults of ``gcfunc train``, near the best for its network
             without centralization: a learning rate that only suits the centralized network would
             make any comparison look good. Benchmarks measure it with these, too.
+        decay: Whether weight decay joins the gradient, unless an option says otherwise, or the
+            update.
         twin: Torch's class of the same mathematics and options, if it has one.
         options: What to hold it against torch's class with: two values of each option.
         reference: The reference's names for it, under which :mod:`gcfunc.optim` has it too.
         around: For what wraps another algorithm, the row of one to try it with. Options that are
             not its own are that one's.
         nearest: The row whose class of torch's does what is nearest, if torch has none of its own.
-        nearest_fused: Likewise among those of which torch has a fused step.
-        decay: Whether weight decay joins the gradient, unless an option says otherwise, or the
-            update.
+        nearest_fused: Likewise among those of which torch has a fused step, if it has none of this
+            one.
     """
 
     constructor: Callable[..., Optimizer]
     drop_in: type[DropIn]
     variants: Mapping[str, Options]
     training: Options
+    decay: Literal["coupled", "decoupled"]
     twin: Callable[..., torch.optim.Optimizer] | None = None
     options: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     reference: tuple[str, ...] = ()
     around: str | None = None
     nearest: str | None = None
     nearest_fused: str | None = None
-    decay: Literal["coupled", "decoupled"] = "decoupled"
 
     def make(self, *, gc: GC | str | None = None, **options: Any) -> Optimizer:
         """The functional optimizer with these options."""
@@ -98,6 +99,7 @@ CATALOG: dict[str, Algorithm] = {
             "nesterov": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
         },
         training={"lr": 0.02, "weight_decay": 5e-4, "momentum": 0.9},
+        decay="coupled",
         twin=torch.optim.SGD,
         options={
             "momentum": (0.0, 0.9),
@@ -106,7 +108,6 @@ CATALOG: dict[str, Algorithm] = {
             "nesterov": (False, True),
         },
         reference=("SGD_GC", "SGD_GCC"),
-        decay="coupled",
     ),
     "sgdw": Algorithm(
         gcfunc.sgdw,
@@ -116,6 +117,7 @@ CATALOG: dict[str, Algorithm] = {
             "nesterov": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
         },
         training={"lr": 0.02, "weight_decay": 5e-4, "momentum": 0.9},
+        decay="decoupled",
         reference=("SGDW_GC", "SGDW_GCC"),
         nearest="sgd",
     ),
@@ -127,16 +129,17 @@ CATALOG: dict[str, Algorithm] = {
             "amsgrad": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "amsgrad": True},
         },
         training={"lr": 2e-3, "weight_decay": 5e-4},
+        decay="coupled",
         twin=torch.optim.Adam,
         options=_ADAM,
         reference=("Adam_GC", "Adam_GCC", "Adam_GC2", "Adam_GCC2"),
-        decay="coupled",
     ),
     "adamw": Algorithm(
         gcfunc.adamw,
         optim.AdamW,
         {"": {"lr": 0.01, "weight_decay": 0.1}},
         training={"lr": 2e-3, "weight_decay": 1e-2},
+        decay="decoupled",
         twin=torch.optim.AdamW,
         options=_ADAM,
         reference=("AdamW_GC", "AdamW_GCC", "AdamW_GC2", "AdamW_GCC2"),
@@ -153,6 +156,7 @@ CATALOG: dict[str, Algorithm] = {
             }
         },
         training={"lr": 1e-2, "weight_decay": 5e-4},
+        decay="coupled",
         twin=torch.optim.Adagrad,
         options={
             "lr_decay": (0.0, 0.5),
@@ -161,7 +165,6 @@ CATALOG: dict[str, Algorithm] = {
             "eps": (1e-10, 0.1),
         },
         reference=("Adagrad_GC", "Adagrad_GCC"),
-        decay="coupled",
     ),
     "radam": Algorithm(
         gcfunc.radam,
@@ -171,6 +174,7 @@ CATALOG: dict[str, Algorithm] = {
             "decoupled": {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
         },
         training={"lr": 1e-2, "weight_decay": 5e-4},
+        decay="coupled",
         twin=torch.optim.RAdam,
         options={
             **_BETAS,
@@ -179,7 +183,6 @@ CATALOG: dict[str, Algorithm] = {
             "decoupled_weight_decay": (False, True),
         },
         nearest_fused="adam",
-        decay="coupled",
     ),
     "rmsprop": Algorithm(
         gcfunc.rmsprop,
@@ -189,6 +192,7 @@ CATALOG: dict[str, Algorithm] = {
             "centered": {"lr": 0.01, "alpha": 0.8, "eps": 0.1, "momentum": 0.9, "centered": True},
         },
         training={"lr": 1e-3, "weight_decay": 5e-4, "momentum": 0.0},
+        decay="coupled",
         twin=torch.optim.RMSprop,
         options={
             "alpha": (0.99, 0.9),
@@ -198,13 +202,13 @@ CATALOG: dict[str, Algorithm] = {
             "centered": (False, True),
         },
         nearest_fused="adam",
-        decay="coupled",
     ),
     "lion": Algorithm(
         gcfunc.lion,
         optim.Lion,
         {"": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}},
         training={"lr": 1e-3, "weight_decay": 5e-2},
+        decay="decoupled",
         nearest="sgd",
     ),
     "lookahead": Algorithm(
@@ -212,9 +216,9 @@ CATALOG: dict[str, Algorithm] = {
         optim.Lookahead,
         {"": {"lr": 0.1, "momentum": 0.9, "k": 3, "alpha": 0.5}},
         training={"lr": 0.02, "weight_decay": 5e-4, "momentum": 0.9},
+        decay="coupled",
         around="sgd",
         nearest="sgd",
-        decay="coupled",
     ),
     "ranger": Algorithm(
         gcfunc.ranger,
@@ -230,6 +234,7 @@ CATALOG: dict[str, Algorithm] = {
             }
         },
         training={"lr": 2e-2, "weight_decay": 1e-2},
+        decay="decoupled",
         nearest="radam",
         nearest_fused="adam",
     ),

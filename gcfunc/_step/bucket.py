@@ -24,7 +24,8 @@ class ListAlgorithm:
     Attributes:
         name: The constructor's name, for messages.
         hyperparams: Initial hyperparameters.
-        slots: For each running quantity, what it starts as for a given parameter.
+        slots: For each running quantity, what it starts as for a given parameter, with the
+            parameter's shape and dtype.
         scalars: ``(step, hyperparams) -> scalars``: all scalar arithmetic of a step, in float64.
         update: ``(params, grads, slots, scalars, projections) -> (params, slots)``, out of place.
             The scalars arrive in the lists' dtype.

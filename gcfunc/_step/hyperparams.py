@@ -43,6 +43,8 @@ def check(**values: Number) -> dict[str, Number]:
 
 
 def _check(name: str, value: Any) -> Number:
+    if name not in BOUNDS:
+        raise LookupError(f"hyperparameter {name!r} has no bounds yet; give it a line in BOUNDS")
     text, within = BOUNDS[name]
     if isinstance(value, Tensor):
         if value.ndim or value.dtype is torch.bool or value.is_complex():

@@ -3,8 +3,12 @@
 A mechanism says four things, none of which has a default: where torch calls it
 (:meth:`Mechanism.register`), what its hook does with the gradient (:meth:`Mechanism.hook`), whether
 it runs before hooks of others (``runs_first``), and whether it can meet sparse gradients
-(``meets_sparse``). What is the same for all is done around them: frozen parameters, saving, and
-what the user said about sparse rows.
+(``meets_sparse``). What is the same for all is done around them: frozen and swapped parameters,
+saving, and what the user said about sparse rows.
+
+Only a hook that runs before accumulation serves ordinary parameters in every way: so do
+``torch.autograd.grad`` and gradient penalties see centralized gradients, and a refused sparse one
+leaves ``.grad`` as it was.
 """
 
 from __future__ import annotations
@@ -64,17 +68,23 @@ class Mechanism(ABC):
         """Put a hook on the parameter, and return the means to remove it, and the hook."""
         # torch.save then does not warn of DTensors' hooks. Of those of others it says nothing.
         hook: Callable[..., Any] = unserializable_hook(self.hook())  # type: ignore[no-untyped-call]
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(param, hooks) is not None:
+                # After torch.utils.swap_tensors, autograd's C++ object knows nothing of the dict
+                # of hooks that Python has for the parameter, and a hook added to that dict never
+                # runs. Setting the dict again tells C++ about it.
+                setattr(param, hooks, getattr(param, hooks))
         frozen = not param.requires_grad
         try:
             # A frozen parameter takes no new hooks, but keeps those that it has.
             param.requires_grad_(True)
             handle = self.register(param, hook)
             if self.runs_first:
-                hooks: Any = handle.hooks_dict_ref()
+                every: Any = handle.hooks_dict_ref()
                 # Not OrderedDict.move_to_end: autograd reads the dict beneath, in C++, whose order
                 # that does not change.
-                for other in [key for key in hooks if key != handle.id]:
-                    hooks[other] = hooks.pop(other)
+                for other in [key for key in every if key != handle.id]:
+                    every[other] = every.pop(other)
         finally:
             param.requires_grad_(not frozen)
         return handle, hook
@@ -120,11 +130,6 @@ class BeforeAccumulation(Mechanism):
 
     def register(self, param: Tensor, hook: Callable[..., Any]) -> RemovableHandle:
         """As :meth:`torch.Tensor.register_hook`."""
-        if param._backward_hooks is not None:
-            # After torch.utils.swap_tensors, autograd's C++ object knows nothing of the dict of
-            # hooks that Python has for the parameter, and a hook added to that dict never runs.
-            # Setting the dict again tells C++ about it.
-            param._backward_hooks = param._backward_hooks
         handle: RemovableHandle = param.register_hook(hook)  # type: ignore[no-untyped-call]
         return handle
 

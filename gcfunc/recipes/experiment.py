@@ -16,6 +16,7 @@ from rich.console import Console
 
 import gcfunc
 from gcfunc.recipes import checkpoint, compiler, data, report, summary
+from gcfunc.recipes import model as network
 from gcfunc.recipes.checkpoint import Experiment
 from gcfunc.recipes.config import Config
 from gcfunc.recipes.data import Dataset
@@ -109,6 +110,7 @@ def _conduct(
 ) -> signal.Signals | None:
     config = experiment.config
     resuming = _resuming(folder, config, group)
+    group.first(lambda: _require_selection(config, dataset))
     group.first(lambda: _prepare(folder))
     console.print(
         f"{dataset.name}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to test"
@@ -130,6 +132,17 @@ def _conduct(
 
     group.first(lambda: _report(experiment, dataset, folder, why_eager, console))
     return None
+
+
+def _require_selection(config: Config, dataset: Dataset) -> None:
+    if config.gc == "none":
+        return
+    height, width = dataset.train.images.shape[-2:]
+    params = dict(network.build(height, width, dataset.classes).named_parameters())
+    try:
+        gcfunc.centralize(params, where=config.gc)
+    except ValueError as error:
+        raise UsageError(f"--gc {config.gc}: {error}") from error
 
 
 def _prepare(folder: Path) -> None:

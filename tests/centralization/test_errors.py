@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gcfunc
 from gcfunc import GC, Units
+from gcfunc._centralization.where import RULES
 from tests.bad_input import (
     FLOATS,
     GRADS,
@@ -23,6 +24,8 @@ from tests.bad_input import (
     require_refused,
     step,
 )
+
+NAMES = ", ".join(map(repr, RULES))
 
 NO_GCS: list[tuple[Any, type[Exception]]] = [
     ("GC", ValueError),
@@ -54,7 +57,7 @@ CASES: dict[str, Case] = {
             partial(gcfunc.adamw, gc=gc),
             error,
             (
-                "gc must be None, 'gc', 'gcc', 'linear' or a gcfunc.GC, which takes a mask or a "
+                f"gc must be None, {NAMES} or a gcfunc.GC, which takes a mask or a "
                 f"predicate as GC(where=...); got {gc!r}"
             ),
         )
@@ -63,12 +66,12 @@ CASES: dict[str, Case] = {
     "an unknown rule": (
         lambda: GC("conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
+        f"where must be one of {NAMES}, got 'conv'",
     ),
     "an unknown rule, outside a step": (
         lambda: gcfunc.centralize(GRADS, where="conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
+        f"where must be one of {NAMES}, got 'conv'",
     ),
     "an unknown place": (
         lambda: GC(at="weights"),  # type: ignore[arg-type]
@@ -200,12 +203,12 @@ CASES: dict[str, Case] = {
     "select by an unknown rule": (
         lambda: gcfunc.select(MODEL, "conv"),
         ValueError,
-        "where must be one of 'gc', 'gcc', 'linear', got 'conv'",
+        f"where must be one of {NAMES}, got 'conv'",
     ),
     "select by None": (
         lambda: gcfunc.select(MODEL, None),  # type: ignore[arg-type]
         ValueError,
-        "where must be one of 'gc', 'gcc', 'linear', got None",
+        f"where must be one of {NAMES}, got None",
     ),
     "select from a lazy model": (
         lambda: gcfunc.select(nn.Sequential(nn.LazyLinear(2))),

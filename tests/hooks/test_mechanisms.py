@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 import gcfunc
 from gcfunc._centralization.formula import ROWS
-from gcfunc.hooks.mechanisms import BeforeAccumulation, Mechanism
+from gcfunc.hooks.mechanisms import AfterReduction, BeforeAccumulation, Mechanism
 
 DUTIES = ("register", "hook", "runs_first", "meets_sparse")
 
@@ -34,7 +34,8 @@ class AfterAccumulation(Mechanism):
         return centralize
 
 
-MECHANISMS = [BeforeAccumulation, AfterAccumulation]
+MECHANISMS = [kind for kind in Mechanism.__subclasses__() if kind is not AfterAccumulation]
+MECHANISMS.append(AfterAccumulation)
 
 
 def weight(sparse: bool = False) -> tuple[nn.Embedding, Tensor]:
@@ -89,9 +90,30 @@ def test_those_that_run_first_do() -> None:
     torch.testing.assert_close(seen, [expected()])
 
 
+def test_all_of_the_library_are_among_them() -> None:
+    assert {BeforeAccumulation, AfterReduction, AfterAccumulation} <= {*MECHANISMS}
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_swapped_parameters_are_covered(kind: type[Mechanism]) -> None:
+    table, rows = weight()
+    table.weight.register_hook(lambda grad: None)
+    register: Any = table.weight.register_post_accumulate_grad_hook
+    register(lambda param: None)
+    other = nn.Parameter(table.weight.detach().clone())
+    torch.utils.swap_tensors(table.weight, other)
+    kind("weight", ROWS, "error").install(table.weight)
+    torch.testing.assert_close(backward(table, rows), expected())
+
+
 @pytest.mark.parametrize("kind", MECHANISMS)
 def test_sparse_gradients_are_treated_as_the_user_said(kind: type[Mechanism]) -> None:
     table, rows = weight(sparse=True)
+    if not kind("weight", ROWS, "rows").meets_sparse:
+        kind("weight", ROWS, "rows").install(table.weight)
+        with pytest.raises(RuntimeError, match="'weight' is sparse, where none can be"):
+            backward(table, rows)
+        return
     handle, _ = kind("weight", ROWS, "rows").install(table.weight)
     torch.testing.assert_close(backward(table, rows), expected())
     handle.remove()
@@ -104,12 +126,4 @@ def test_sparse_gradients_are_treated_as_the_user_said(kind: type[Mechanism]) ->
 
     kind("weight", ROWS, "error").install(table.weight)
     with pytest.raises(RuntimeError, match="the gradient of 'weight' is sparse"):
-        backward(table, rows)
-
-
-def test_one_that_says_it_meets_none_refuses_them() -> None:
-    dense = type("Dense", (AfterAccumulation,), {"meets_sparse": False})
-    table, rows = weight(sparse=True)
-    dense("weight", ROWS, "rows").install(table.weight)
-    with pytest.raises(RuntimeError, match="'weight' is sparse, where none can be"):
         backward(table, rows)

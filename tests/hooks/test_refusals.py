@@ -13,8 +13,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gcfunc import Units
+from gcfunc._centralization.where import RULES
 from gcfunc.hooks import centralize_backward, ddp_comm_hook, register_ddp
 from tests.hooks.cases import BOTH, SPARSE, hooks_on, mlp, of_one_process
+
+NAMES = ", ".join(map(repr, RULES))
 
 pytestmark = pytest.mark.usefixtures("process_group", "seeded")
 
@@ -105,7 +108,7 @@ def test_refused_models(case: str) -> None:
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown where": ({"where": "gcx"}, ValueError, r"one of 'gc', 'gcc', 'linear', got 'gcx'"),
+    "unknown where": ({"where": "gcx"}, ValueError, f"one of {NAMES}, got 'gcx'"),
     "selects nothing": ({"where": "gcc"}, ValueError, r"where='gcc' selects none of 4 tensors"),
     "no kind of where": ({"where": 5}, TypeError, r"where must have the structure"),
     "mask": ({"where": {"x": True}}, ValueError, r"missing .*'2.weight'; unexpected 'x'"),
@@ -172,16 +175,16 @@ def test_a_registration_that_fails_midway_leaves_nothing(monkeypatch: pytest.Mon
     assert centralize_backward(model).names == BOTH
 
 
-RULES: dict[str, tuple[Any, type[Exception], str]] = {
-    "unknown": ("gcx", ValueError, "one of 'gc', 'gcc', 'linear', got 'gcx'"),
+NO_RULES: dict[str, tuple[Any, type[Exception], str]] = {
+    "unknown": ("gcx", ValueError, f"one of {NAMES}, got 'gcx'"),
     "predicate": (lambda name, p: True, TypeError, "masks and predicates need names"),
     "mask": ({"weight": True}, TypeError, "gcfunc.hooks.register_ddp knows"),
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NO_RULES)
 def test_communication_hooks_know_rules_only(rule: str) -> None:
-    where, error, message = RULES[rule]
+    where, error, message = NO_RULES[rule]
     with pytest.raises(error, match=message):
         ddp_comm_hook(where=where)
 

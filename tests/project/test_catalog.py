@@ -3,10 +3,11 @@
 import inspect
 
 import pytest
+import torch
 
 import gcfunc
 from gcfunc import optim
-from gcfunc._catalog import CATALOG
+from gcfunc._catalog import CATALOG, Algorithm
 from gcfunc.optim.base import DropIn
 
 COMBINING = {"partition", "no_decay", "layerwise_lr"}
@@ -54,16 +55,35 @@ def test_a_row_is_whole(name: str) -> None:
         of_the_class = {"decoupled_weight_decay"} if name == "adam" else set()
         assert own - {"lr"} == {*row.options}
         assert own >= theirs - how - of_the_class - {"params"}
+        assert "fused" in theirs or row.nearest_fused, "torch has no fused step: what is nearest?"
     else:
         assert row.nearest in CATALOG
         assert CATALOG[row.nearest].twin
+    fused = CATALOG[row.nearest_fused or row.nearest or name].twin
+    assert fused
+    assert "fused" in inspect.signature(fused).parameters
+
+
+def displacement(row: Algorithm, shift: float) -> torch.Tensor:
+    """What decay alone does, with GC, to weights that all are larger by so much."""
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4) + shift
+    opt = row.make(gc="gc", lr=0.1, weight_decay=0.1)
+    new, _ = opt.step(weight, torch.zeros_like(weight), opt.init(weight))
+    moved: torch.Tensor = new - weight
+    return moved
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_decay_is_what_the_row_says(name: str) -> None:
+    """Coupled, it is centralized with the gradient, and so knows nothing of a row's mean."""
+    row = CATALOG[name]
+    difference = float((displacement(row, 0.0) - displacement(row, 1.0)).abs().max())
+    assert (difference < 1e-6) == (row.decay == "coupled"), row.decay
 
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_gc_makes_a_difference(name: str) -> None:
     """As a line of defence for everything that is made from a row."""
-    import torch
-
     row = CATALOG[name]
     params = {"weight": torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)}
     grads = {"weight": torch.linspace(0.1, 2, 12, dtype=torch.float64).view(3, 4)}

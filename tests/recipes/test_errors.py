@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from gcfunc._catalog import CATALOG
+from gcfunc._centralization.where import RULES, Rule
 from gcfunc.recipes.cli import main
+from gcfunc.recipes.config import MODES
 from tests.recipes.command import QUICK, command, refused, results, same, train, weights
 
 
@@ -96,3 +98,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("gcfunc 0.")
     (script,) = entry_points(group="console_scripts", name="gcfunc")
     assert script.load() is main
+
+
+def test_a_rule_that_selects_nothing_is_a_mistake_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, "6d", Rule("weights of 6 dimensions", lambda n: n == 6, frozenset()))
+    folder = tmp_path / "out"
+    for mode in MODES:
+        options = ("--dataset", "digits", "--eager", "--mode", mode, "--out", str(folder))
+        assert main(["train", "--gc", "6d", *options]) == 2
+        assert "--gc 6d: where='6d' selects none of 10 tensors" in capsys.readouterr().err
+        assert not folder.exists()
