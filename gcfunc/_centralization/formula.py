@@ -9,7 +9,7 @@ twice is doing it once.
 It is one line. What it costs depends on where that line stands, and the library follows from three
 observations.
 
-- An optimizer reads every gradient anyway. So the line belongs into the optimizer's step, next to
+- An optimizer reads every gradient anyway. So the line belongs in the optimizer's step, next to
   the rest of its arithmetic: a pure function from params, gradients and state to the next ones
   (``_step``, ``_algorithms``), which a compiler turns into few kernels (``_compiled``).
 - It acts on rows. A row of K numbers is the same problem whichever weight it is from, so that a
