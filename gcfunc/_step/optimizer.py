@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcfunc._step.bucket import Bucket, join
 from gcfunc._step.hyperparams import to_scalars
-from gcfunc._step.prepare import Grouped
+from gcfunc._step.prepare import Grouped, Groups
 from gcfunc._step.state import State
 from gcfunc._tensors import sharding, trees
 from gcfunc._tensors.check import require_tensors
@@ -42,15 +42,16 @@ class Optimizer(Grouped):
         """
         flat = trees.flatten(params, "params")
         require_tensors(flat.names, flat.leaves, "params")
-        self.projections(flat, self.groups(flat), some=True)
-        return self.start(flat)
+        groups = self.groups(flat)
+        self.projections(flat, groups, some=True)
+        return self.start(flat, groups)
 
-    def start(self, flat: FlatTree) -> State:
+    def start(self, flat: FlatTree, groups: Groups) -> State:
         """:meth:`init` for whoever has checked the params already."""
         device = flat.leaves[0].device
         hyperparams: dict[str, Tensor] = {}
         slots: dict[str, dict[str, Tensor]] = {}
-        for key, members in self.groups(flat).items():
+        for key, members in groups.items():
             algorithm = self.algorithms[key]
             for name, scalar in to_scalars(algorithm.hyperparams, device).items():
                 hyperparams[join(key, name)] = scalar

@@ -115,7 +115,7 @@ class SameAge:
 
     def _shared_state(self, optimizer: Owner, opt: Optimizer, params: dict[str, Tensor]) -> State:
         """A functional state of the very tensors that ``optimizer.state`` has, or gets here."""
-        start = opt.start(self._flat)
+        start = opt.start(self._flat, opt.groups(self._flat))
         # As in torch, what has no state has no entry either, and a counter comes first.
         keeps = optimizer._counts or start.slots
         entries: dict[str, Entry] = {n: optimizer.state[p] for n, p in params.items() if keeps}

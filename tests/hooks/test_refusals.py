@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,10 +45,12 @@ def complex_model() -> nn.Module:
         return nn.Linear(3, 2, dtype=torch.complex64)
 
 
-def flattened() -> nn.Module:
+def flattened(originals: bool = False) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP is switching", UserWarning)
-        return FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+        return FullyShardedDataParallel(
+            mlp(), device_id=torch.device("cpu"), use_orig_params=originals
+        )
 
 
 def wrapped(model: nn.Module | None = None) -> DistributedDataParallel:
@@ -84,6 +87,11 @@ Refused = tuple[Callable[[], Any], type[Exception], str]
 REFUSED: dict[str, Refused] = {
     "no module": (lambda: [mlp()], TypeError, r"torch.nn.Module, got list"),
     "FSDP1": (flattened, TypeError, r"\(FSDP1\).*fully_shard"),
+    "FSDP1, original parameters": (
+        partial(flattened, originals=True),
+        TypeError,
+        r"\(FSDP1\).*fully_shard",
+    ),
     "no weights": (lambda: nn.LayerNorm(3), ValueError, r"selects none of 2 tensors \(weight \(3,"),
     "no parameters": (nn.Tanh, ValueError, r"selects none of 0 tensors"),
     "registered": (registered, ValueError, r"^'2.weight': already centralized"),
