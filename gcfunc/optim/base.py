@@ -107,6 +107,10 @@ class DropIn(torch.optim.Optimizer):
         switches = _switches(self._constructor(group))
         return tuple((option, group[option]) for option in switches)
 
+    def _made_of(self, group: Group) -> tuple[Constructor, Options]:
+        """What a group's functional optimizer is made of: equal groups share one."""
+        return self._constructor(group), self._structure(group)
+
     def _functional(self, group: Group, gc: GC | None) -> Optimizer:
         """The functional optimizer for a group."""
         return self._constructor(group)(lr=0.0, **dict(self._structure(group)), gc=gc)
@@ -117,7 +121,7 @@ class DropIn(torch.optim.Optimizer):
         # Which parameters it takes is said in each step, by the units that ``where`` was found to
         # mean.
         gc = gc and GC(at=gc.at)
-        key = self._constructor(group), self._structure(group), gc
+        key = self._made_of(group), gc
         if key not in self._functionals:
             self._functionals[key] = self._functional(group, gc), {}
         return self._functionals[key]

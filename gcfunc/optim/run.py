@@ -33,7 +33,7 @@ class Owner(Protocol):
     _failures: list[Exception]
 
     def _compiles(self) -> bool: ...
-    def _structure(self, group: Group) -> Options: ...
+    def _made_of(self, group: Group) -> object: ...
     def _functional_for(self, group: Group, *, centralizes: bool) -> tuple[Optimizer, Graphs]: ...
     def _hyperparam(self, group: Group, name: str, step: int) -> Any: ...
 
@@ -44,7 +44,7 @@ class GroupRun:
     def __init__(self, optimizer: Owner, i: int, params: list[Tensor]) -> None:
         group = optimizer.param_groups[i]
         self._group = group
-        self._gc, self._structure = group["gc"], optimizer._structure(group)
+        self._gc, self._made_of = group["gc"], optimizer._made_of(group)
         self._params = [*params]
         names, units = names_of(group), units_of(group)
         ages: dict[int, list[int]] = {}
@@ -71,7 +71,7 @@ class GroupRun:
             and all(map(operator.is_, self._values(), self._held))
             and not any(same.was_recounted() for _, same in self._ages)
             and group["gc"] is self._gc
-            and optimizer._structure(group) == self._structure
+            and optimizer._made_of(group) == self._made_of
         )
 
     def _values(self) -> Iterator[Any]:

@@ -128,6 +128,7 @@ def other_options(new: New, params: Params) -> Optimizer:
     (group,) = opt.param_groups
     changes: Options = {"weight_decay": 0.3, "eps": 0.2, "betas": (0.3, 0.6), "lr_decay": 0.2}
     changes |= {"dampening": 0.0, "momentum": 0.5, "maximize": not group["maximize"]}
+    changes["decoupled_weight_decay"] = not group.get("decoupled_weight_decay")
     train(opt, params, range(2))
     for option in changes.keys() & group.keys():
         if option != "momentum" or group["momentum"]:
