@@ -60,7 +60,11 @@ def compiled(
         if not failures:
             try:
                 planned.step(flat, grads, state)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            # Inductor's own error comes where a cached graph lacks a compiler for its kernels.
+            except (
+                torch._dynamo.exc.TorchDynamoException,
+                torch._inductor.exc.InvalidCxxCompiler,
+            ) as error:
                 _note(error, failures)
             else:
                 return

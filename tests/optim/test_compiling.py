@@ -101,7 +101,9 @@ def test_falls_back_without_a_c_compiler(
 ) -> None:
     monkeypatch.setattr(base, "COMPILE_FROM", 1)
     nowhere = {"cpp.cxx": ("/nowhere/c++",), "fx_graph_cache": False}
-    with torch._inductor.config.patch(nowhere):
+    # What other tests have compiled must not be found either.
+    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch._inductor.config.patch(nowhere), uncached:
         params = {"weight": torch.zeros(4, 3, dtype=dtype).requires_grad_()}
         with pytest.warns(UserWarning, match="not compiled.*compiler"):
             train(optim.SGD(params.values(), lr=0.1, gc="gc"), params, range(1))
