@@ -1,12 +1,13 @@
 # Every target sets itself up in .venv; nothing but Python 3.11+ and make is needed.
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply as usual.
+# With TORCH=2.11.0, say, any target uses that version, in an environment beside the first.
 
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	--constraint constraints.txt
+	--constraint $(VENV)/constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DEMO := runs/demo
 CORE := gcfunc tests/tensors tests/centralization tests/step tests/algorithms
@@ -88,13 +89,23 @@ clean: ## remove the environment, caches and training output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch and the build backend go first: the constraints then hold while gcfunc itself is built.
+# With another torch comes the torchvision that asks for it.
 $(STAMPS)/venv: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "gcfunc needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) torch setuptools
+	sed -E '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/; /^(torchvision|setuptools)==/d)' $< > $(VENV)/$<
+	$(PIP_INSTALL) torch 'setuptools>=77' || { printf '%s\n' \
+		"" "$$(sed -n 's/^torch==/torch /p' $(VENV)/$<) could not be installed; pip says why above." \
+		"On Linux it comes with CUDA and needs 7 GB of disk, as a CPU build 2 GB;" \
+		"$$(df -Pk . | awk 'NR == 2 { printf "%.1f", $$4 / 1e6 }') GB are free here." \
+		"Another version may do: make TORCH=2.13.0 $(MAKECMDGOALS)" >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/recipes $(STAMPS)/quick $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	@$(if $(TORCH),! $(BIN)/python -m pip show -q torchvision 2>&- || \
+		$(BIN)/python -c 'import torchvision' 2>&- || \
+		{ echo "torchvision does not import beside this build of torch: it is removed"; \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision; })
 	@touch $@

@@ -3,20 +3,31 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 NEEDS = {
     "gcfunc/integrations/mmengine.py": ["mmengine"],
     "gcfunc/recipes": ["matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn"],
     "tests/centralization/test_select_models.py": ["transformers"],
+    "tests/centralization/test_select_vision.py": ["torchvision"],
 }
 """What torch alone cannot import. Doctests are sought everywhere, and importing is how."""
 
-collect_ignore = [
-    path for path, modules in NEEDS.items() if any(find_spec(m) is None for m in modules)
-]
+MISSING = {
+    path: missing
+    for path, modules in NEEDS.items()
+    if (missing := [m for m in modules if find_spec(m) is None])
+}
+collect_ignore = [*MISSING]
 
 HEAVY = {"fresh_compiler": "compiles", "two": "processes", "four": "processes"}
 """The fixtures of tests that take long, and the marker by which `make quick` leaves these out."""
+
+
+def pytest_report_header() -> list[str]:
+    """Which torch is tested, and what is left out."""
+    left_out = [f"left out: {path}, for want of {', '.join(m)}" for path, m in MISSING.items()]
+    return [f"torch: {torch.__version__}", *left_out]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

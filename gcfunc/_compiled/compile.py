@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from gcfunc._compiled.graph import compile_options
+from gcfunc._compiled.graph import compile_apart, compile_options
 from gcfunc._compiled.planned import Planned
 from gcfunc._compiled.train_step import CompiledTrainStep, DonatedTrainStep
 from gcfunc._step.optimizer import Optimizer
@@ -89,7 +89,7 @@ class Compiled:
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         self._opt = opt
         self._kwargs = kwargs
-        self._step = torch.compile(opt.step, **kwargs)
+        self._step = compile_apart(opt.step, kwargs)
 
     def init(self, params: Tree) -> State:
         """As :meth:`gcfunc.Optimizer.init`."""

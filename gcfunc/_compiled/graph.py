@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from gcfunc._step.bucket import Bucket
+from gcfunc._tensors.versions import COUNTS_RECOMPILES_TOGETHER
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     # By default Inductor writes the moments to memory and reads them again for the parameter, as
@@ -34,12 +38,35 @@ def compile_options(given: dict[str, Any]) -> dict[str, Any]:
         known = {*torch._inductor.list_options()}  # it refuses what this version does not have
         ours = {option: value for option, value in INDUCTOR_OPTIONS.items() if option in known}
         kwargs["options"] = ours | mode | (kwargs.get("options") or {})
-    # torch.compile counts compilations by piece of source, whichever function it was called with,
-    # and refuses the ninth. Every model's graph is made from one piece of ours, so that the ninth
-    # model would be refused. Since 2.13 it can be told to count them apart.
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        kwargs.setdefault("isolate_recompiles", True)
     return kwargs
+
+
+def compile_apart(function: Callable[P, R], kwargs: dict[str, Any]) -> Callable[P, R]:
+    """``torch.compile(function, **kwargs)``, whose compilations are counted by themselves.
+
+    torch.compile counts them by piece of source, whichever function it was called with, and refuses
+    the ninth. Every model's graph is made from one piece of ours, so the ninth model would be
+    refused.
+    """
+    if COUNTS_RECOMPILES_TOGETHER:
+        function = _with_own_code(function)
+    else:
+        kwargs = {"isolate_recompiles": True, **kwargs}
+    return torch.compile(function, **kwargs)
+
+
+def _with_own_code(function: Any) -> Any:
+    """The same function or method with a copy of its code object, by which Dynamo counts."""
+    plain = getattr(function, "__func__", function)
+    copy = FunctionType(
+        plain.__code__.replace(),
+        plain.__globals__,
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return copy if plain is function else MethodType(copy, function.__self__)
 
 
 class Graph:
@@ -51,7 +78,7 @@ class Graph:
         if ahead:
             only = {"guard_filter_fn": _about_gradients}
             kwargs |= {"options": kwargs["options"] | only}
-        self._compiled: Any = torch.compile(function, **kwargs)
+        self._compiled: Any = compile_apart(function, kwargs)
         self._ahead = ahead
         self.variants: list[Any] = []
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfunc._compiled.graph import Graph
+from gcfunc._compiled.graph import Graph, compile_apart
 from gcfunc._compiled.planned import Planned
 from gcfunc._compiled.substep import Differentiate, SubStep
+from gcfunc._compiled.views import as_vector
 from gcfunc._step.bucket import Bucket
 from gcfunc._step.state import require_scalars, require_state
 from gcfunc._tensors import trees
 from gcfunc._tensors.trees import FlatTree
+from gcfunc._tensors.versions import LOSES_0D_FLOAT64
 from gcfunc._training.step import TrainState, TrainStep
 
 CPU_OPTIONS: dict[str, Any] = {
@@ -33,7 +35,7 @@ class CompiledTrainStep:
             kwargs = kwargs | {"options": CPU_OPTIONS | kwargs["options"]}
         self._train_step = train_step
         self._kwargs = kwargs
-        self._step = torch.compile(train_step.step, **kwargs)
+        self._step = compile_apart(train_step.step, kwargs)
 
     def init(self) -> TrainState:
         """As ``init`` of :func:`gcfunc.train_step`."""
@@ -82,8 +84,9 @@ class _PlannedTraining(Planned):
         flat = trees.flatten(train.params, "params")
         # Gradients are like their parameters, and none is missing.
         plan, graphs = self._plan_for(flat, flat.leaves, train.state, train.buffers)
-        # As vectors: Inductor loses in-place writes to 0-d float64 tensors on the CPU.
-        buffers = {n: b if b.ndim else b.view(1) for n, b in train.buffers.items()}
+        buffers = dict(train.buffers)
+        if LOSES_0D_FLOAT64:
+            buffers = {n: b if b.ndim else as_vector(b) for n, b in buffers.items()}
         made_inside = [None] * len(flat.leaves)
         try:
             [results] = self._call(plan, graphs, made_inside, train.state, buffers, inputs, targets)

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from gcfunc._centralization.formula import ROWS, Projection, Units
 from gcfunc._tensors.lists import Tensors
+from gcfunc._tensors.versions import LOSES_0D_FLOAT64
 
 View = Callable[[Tensor], Tensor]
 
 
 def view_for(projection: Projection | None, written: Tensors) -> View:
     """The view of a parameter, its slots and its gradient; ``written`` are the former two."""
-    if written[0].ndim == 0:
+    if written[0].ndim == 0 and LOSES_0D_FLOAT64:
         return as_vector
     return turned if projection == ROWS and any(t.is_contiguous() for t in written) else as_it_is
 
@@ -38,7 +39,7 @@ def turned(t: Tensor) -> Tensor:
 
 
 def as_vector(t: Tensor) -> Tensor:
-    """A 0-d tensor as a vector: on the CPU, Inductor loses in-place writes to 0-d float64 ones."""
+    """A 0-d tensor as a vector, in which Inductor loses no writes."""
     return t.detach().view(1)
 
 

@@ -138,7 +138,7 @@ class Grouped:
                     f"{what} and params must be packed alike or not at all: make the state from "
                     "the packed params, and load it with gcfunc.load_state_dict"
                 )
-            trees.require_names([*values], [names[i] for i in members], what, "params")
+            trees.require_names([*values.keys()], [names[i] for i in members], what, "params")
             for i in members:
                 require_like(what, names[i], values[names[i]], leaves[i], sharded=True)
 

@@ -33,7 +33,7 @@ def _expected(
 ) -> None:
     monkeypatch.setattr(counts, "CASES", RUNS)
     monkeypatch.setattr(counts, "TOGETHER", {})
-    monkeypatch.setattr(counts, "EXPECTED", tmp_path / "expected" / "torch.json")
+    monkeypatch.setattr(counts, "EXPECTED", tmp_path / "expected" / "torch-2.14.1.json")
     counts.record(found)
 
 
@@ -170,6 +170,16 @@ def test_nothing_recorded(run: Callable[..., None], found: dict[str, counts.Coun
         run()
     counts.record({"adamw": found["adamw"]})
     assert counts.differences("sgd", found["sgd"])[0].startswith("sgd: not recorded; `make counts`")
+
+
+def test_another_patch_of_the_same_version_serves(
+    found: dict[str, counts.Counts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, "EXPECTED", counts.EXPECTED.with_name("torch-2.14.0.json"))
+    assert counts.differences("sgd", found["sgd"]) == []
+    assert counts.differences("sgd", found["adamw"]) != []
+    monkeypatch.setattr(counts, "EXPECTED", counts.EXPECTED.with_name("torch-2.1.0.json"))
+    assert counts.differences("sgd", found["sgd"])[0].startswith("no counts are recorded")
 
 
 def test_the_command(

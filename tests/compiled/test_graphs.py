@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import gcfunc
 from gcfunc._compiled.repeats import repeats
+from gcfunc._tensors.versions import TORCH
 from tests.cases import Params, largest_difference, random_like
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -45,7 +46,8 @@ def test_compiling_follows_the_kinds_of_tensors_not_their_number() -> None:
         assert places == [p.data_ptr() for p in own.values()]
         assert not counters["graph_break"]
         counts.append(counters["stats"]["calls_captured"])
-    assert counts[1] < 2 * counts[0]  # for three times the tensors
+    # For three times the tensors. torch 2.11 cannot compile ahead, and has one graph for all.
+    assert (counts[1] < 2 * counts[0]) is (TORCH >= (2, 12))
     plain, _ = gcfunc.adamw(0.01).step(params, grads, gcfunc.adamw(0.01).init(params))
     once, _ = opt.step(params, grads, opt.init(params))
     assert largest_difference(plain, once) > 1e-3

@@ -94,6 +94,7 @@ def in_groups(register: Register) -> None:
     """Two halves of the world, each with a model and a batch of its own."""
     halves = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     half = halves[dist.get_rank() // 2]
+    assert isinstance(half, dist.ProcessGroup)
     ddp = DistributedDataParallel(make(Net), process_group=half)
     register(ddp)
     images, labels = data()

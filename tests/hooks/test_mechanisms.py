@@ -106,6 +106,8 @@ def test_swapped_parameters_are_covered(kind: type[Mechanism]) -> None:
     torch.testing.assert_close(backward(table, rows), expected())
 
 
+# torch 2.11 warns whatever it is told.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 @pytest.mark.parametrize("kind", MECHANISMS)
 def test_sparse_gradients_are_treated_as_the_user_said(kind: type[Mechanism]) -> None:
     table, rows = weight(sparse=True)

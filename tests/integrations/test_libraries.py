@@ -29,8 +29,7 @@ import gcfunc
 from tests.cases import Params, largest_difference
 
 pytestmark = pytest.mark.filterwarnings(
-    # Ignite and MMEngine use what torch is about to remove, and Lightning does too.
-    "ignore:`torch.jit:DeprecationWarning",
+    # Lightning uses what torch is about to remove.
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
 )
 

@@ -300,7 +300,8 @@ def test_steps_are_profiled_by_their_name() -> None:
     params = leaves()
     opt = train(optim.SGDW_GC(params.values(), lr=0.1), params, range(1))
     set_grads(params, 1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         opt.step()
         opt.zero_grad()
     names = {event.key for event in profile.key_averages()}

@@ -87,7 +87,6 @@ def test_the_formula_stands_on_torch_alone() -> None:
     assert imported("gcfunc._centralization.formula") == []
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # MMEngine's
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_is_hidden_by_something_of_its_name(module: str) -> None:
     if module in ("gcfunc", "gcfunc.__main__"):

@@ -17,9 +17,6 @@ from gcfunc._catalog import CATALOG, Algorithm
 from gcfunc._tensors.lists import under_vmap
 from tests.cases import ALGORITHMS, Params, largest_difference
 
-# torch's forward mode itself calls what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
-
 STEPS = 3
 EXACT = 1e-12
 H = 1e-6
@@ -259,8 +256,7 @@ def test_a_compiled_ensemble_equals_separate_runs(name: str, backend: str) -> No
     calls = count()
 
     def checked(params: Params, grads: Params, state: State) -> tuple[Params, State]:
-        stance = "fail_on_recompile" if next(calls) else "default"
-        with torch.compiler.set_stance(stance):
+        with torch.compiler.set_stance("fail_on_recompile" if next(calls) else "default"):
             return step(params, grads, state)
 
     assert_separate_runs(opt, checked)
@@ -356,13 +352,13 @@ def test_under_vmap() -> None:
     ids=["list", "scalar", "unary"],
 )
 def test_foreach_still_has_no_batching_rule(operation: Callable[[Tensor], list[Tensor]]) -> None:
-    """Once this fails, gcfunc._foreach needs neither the hook nor the loop."""
+    """Once this fails, _tensors/lists.py needs neither the hook nor the loop."""
     with pytest.raises(RuntimeError, match=r"[Bb]atching rule"):
         vmap(lambda x: operation(x)[0])(torch.ones(2, 3))
 
 
 def test_foreach_still_has_no_derivative_of_a_scalar() -> None:
-    """Once this fails, gcfunc._foreach may hand scalars to foreach as they are."""
+    """Once this fails, _tensors/lists.py may hand scalars to foreach as they are."""
     x, s = torch.ones(2), torch.tensor(3.0)
 
     def plus(s: Tensor) -> Tensor:

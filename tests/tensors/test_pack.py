@@ -210,7 +210,7 @@ def autograd(model: nn.Module, x: Tensor) -> Params:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_gradients_arrive_packed(model: nn.Module, memory_format: torch.memory_format) -> None:
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    model.to(memory_format=memory_format)
     packed = gcfunc.pack({name: p.detach() for name, p in model.named_parameters()})
 
     def loss(packed: Any) -> Tensor:
