@@ -15,6 +15,12 @@ CORE := gcfunc tests/tensors tests/centralization tests/step tests/algorithms
 # Threads that spin while they wait make training ten times slower on a machine that is busy.
 export OMP_WAIT_POLICY ?= passive
 
+# Two versions must not read each other's cache of compiled graphs: AOTAutograd would load objects
+# that lack what its own have.
+ifdef TORCH
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/$(VENV)/inductor
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo quick test slow counts bench lint format notebooks clean
