@@ -110,8 +110,8 @@ $(STAMPS)/venv: constraints.txt
 
 $(STAMPS)/recipes $(STAMPS)/quick $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/venv pyproject.toml
 	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
-	@$(if $(TORCH),! $(BIN)/python -m pip show -q torchvision 2>&- || \
-		$(BIN)/python -c 'import torchvision' 2>&- || \
+	@$(if $(TORCH),! $(BIN)/python -m pip show -q torchvision 2>/dev/null || \
+		$(BIN)/python -c 'import torchvision' 2>/dev/null || \
 		{ echo "torchvision does not import beside this build of torch: it is removed"; \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision; })
 	@touch $@
