@@ -31,7 +31,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -295,8 +295,10 @@ def collectives(case: str, *, hooks: bool = True) -> Counts:
         model(torch.randn(4, 64)).sum().backward()
         model.zero_grad()
     loss: Tensor = model(torch.randn(4, 64)).sum()
-    names = [name for name, _ in profiled(loss.backward)]
-    return {**Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::"))}
+    with CommDebugMode() as communication:  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+    counted = communication.get_comm_counts()
+    return {str(op).rpartition(".")[2]: number for op, number in counted.items()}
 
 
 def together(cases: Sequence[str]) -> dict[str, Counts]:

@@ -48,7 +48,7 @@ def test_two_more_for_two_weights_cut_along_their_rows(
 ) -> None:
     case = "hooks-tensor-parallel"
     plain, _ = two(without_hooks, case)
-    assert recorded[case] == plain | {"allreduce_": plain["allreduce_"] + 2}
+    assert recorded[case] == {"all_reduce": plain["all_reduce"] + 2}
 
 
 def buckets() -> int:
