@@ -79,7 +79,7 @@ def profiled(call: Callable[[], object]) -> list[tuple[str, int]]:
     The public ones add sizes up by operator.
     """
     cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
         call()
     results: Any = profile.profiler
     return [(event.name(), event.nbytes()) for event in results.kineto_results.events()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -186,13 +187,21 @@ def require_some(
     leaves = {flat.names[i]: flat.leaves[i] for i in asked}
     if flat.layout is not None:
         leaves = flat.layout.only([*leaves]).originals([*leaves.values()])
-    shapes = [f"{name} {tuple(t.shape)}" for name, t in [*leaves.items()][:4]]
-    said = repr(where) if isinstance(where, str) else f"<{type(where).__name__}>"
     raise ValueError(
-        f"where={said} selects none of {len(leaves)} tensors "
-        f"({', '.join(shapes)}{', ...' if len(leaves) > 4 else ''}); "
-        "nothing would be centralized (gc=None says so)"
+        f"where={show_where(where)} selects none of {len(leaves)} tensors "
+        f"({show_shapes(leaves.items())}); nothing would be centralized (gc=None says so)"
     )
+
+
+def show_where(where: Where) -> str:
+    """A rule by its name, anything else by its type: a mask is long."""
+    return repr(where) if isinstance(where, str) else f"<{type(where).__name__}>"
+
+
+def show_shapes(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Names and shapes of the first few tensors."""
+    shown = [f"{name} {tuple(t.shape)}" for name, t in itertools.islice(named, 5)]
+    return ", ".join([*shown[:4], *(["..."] if len(shown) > 4 else [])])
 
 
 def _units(name: str, leaf: Tensor, answer: Any) -> Units | None:

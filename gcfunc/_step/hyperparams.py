@@ -46,6 +46,7 @@ def _check(name: str, value: Any) -> Number:
     if name not in BOUNDS:
         raise LookupError(f"hyperparameter {name!r} has no bounds yet; give it a line in BOUNDS")
     text, within = BOUNDS[name]
+    value = of_numpy(value)
     if isinstance(value, Tensor):
         if value.ndim or value.dtype is torch.bool or value.is_complex():
             raise TypeError(
@@ -67,6 +68,15 @@ def _check(name: str, value: Any) -> Number:
     if isinstance(value, Tensor):
         return value
     return int(number) if name == "k" else number
+
+
+def of_numpy(value: Any) -> Any:
+    """The Python number in a 0-d array or a NumPy number, anything else as it is.
+
+    An array can be written in place, so that whoever keeps it sees no change.
+    """
+    is_numpys = not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0
+    return value.item() if is_numpys else value
 
 
 def check_betas(betas: Any) -> dict[str, Number]:

@@ -18,7 +18,15 @@ from torch import Tensor
 from gcfunc._centralization.where import GC, as_gc
 from gcfunc._compiled.planned import Graphs
 from gcfunc._step.optimizer import Optimizer
-from gcfunc.optim.groups import Group, require_dense, require_steppable, units_of, with_gradients
+from gcfunc._tensors import trees
+from gcfunc.optim.groups import (
+    Group,
+    require_dense,
+    require_effect,
+    require_steppable,
+    units_of,
+    with_gradients,
+)
 from gcfunc.optim.run import GroupRun, Options
 
 COMPILE_FROM = 1_000_000
@@ -39,8 +47,6 @@ class DropIn(torch.optim.Optimizer):
     """Whether the state of a parameter has a ``"step"``, as torch's has or has not."""
     _own: Group = {}  # noqa: RUF012
     """Options of its groups that torch's class does not have."""
-    _selects = False
-    """Whether GC was found to take any parameter."""
 
     def __init__(
         self,
@@ -59,9 +65,7 @@ class DropIn(torch.optim.Optimizer):
         super().__init__(params, *args, **kwargs)
         # With fused=True torch's own classes have GradScaler leave the unscaling to them.
         self._step_supports_amp_scaling = False
-        centralized = [group["gc"] for group in self.param_groups if group["gc"] is not None]
-        if centralized and not self._selects:
-            raise ValueError(f"gc={centralized[0]!r} selects none of the parameters")
+        require_effect(self.param_groups)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -140,7 +144,7 @@ class DropIn(torch.optim.Optimizer):
             for option, value in self._own.items():
                 group.setdefault(option, value)
             require_steppable(group)
-            self._selects |= any(units_of(group).values())
+            units_of(group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -190,11 +194,20 @@ class DropIn(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, also of what its class of the same name saved."""
+        """As in torch, also of what its class of the same name saved. No tensors are shared."""
         own = [{option: group[option] for option in self._own} for group in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
 
+        given: list[Any] = []
+
+        def note(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            # After hooks that users registered: it may be another dict now.
+            given.extend(trees.leaves_of(loaded.get("state")))
+
         def complete(optimizer: torch.optim.Optimizer) -> None:
+            # What is on its device already, torch takes over as it is:
+            # https://github.com/pytorch/pytorch/issues/196083
+            _own_tensors(self.state, {id(t) for t in given if isinstance(t, Tensor)})
             for group, options, own_names in zip(self.param_groups, own, names, strict=True):
                 group.pop("gc", None)
                 for option, value in options.items():
@@ -203,11 +216,15 @@ class DropIn(torch.optim.Optimizer):
                     # GC asks by them. Saved ones may be those of a wrapped model.
                     group["param_names"] = own_names
 
-        handle = self.register_load_state_dict_post_hook(complete, prepend=True)
+        handles = (
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(complete, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_own": self._own, "_compile": self._compile}
@@ -252,3 +269,14 @@ def _as_torch_would(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
         if isinstance(entry, dict) and isinstance(entry.get("step"), Tensor):
             # Parameters share a counter here, and torch would count it up for each of them.
             saved["state"][key] = entry | {"step": entry["step"].clone()}
+
+
+def _own_tensors(state: dict[Any, Any], shared: set[int]) -> None:
+    """Clone what parameters' entries share, by id."""
+
+    def own(value: Any) -> Any:
+        return value.detach().clone() if id(value) in shared else value
+
+    for key, entry in state.items():
+        if isinstance(key, Tensor):
+            state[key] = trees.mapped(own, entry)

@@ -1,5 +1,6 @@
 """The classes: for each algorithm, torch's class of that name in front of the functional step."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,9 +126,9 @@ class Ranger(DropIn, torch.optim.RAdam):
 class Lookahead(DropIn):
     """Lookahead around another of these optimizers; see :func:`gcfunc.lookahead`.
 
-    Parameter groups and state are those of ``optimizer``, which is not to be stepped any more. The
-    groups have ``k`` and ``alpha`` too, the latter as ``lookahead_alpha`` where RMSprop's ``alpha``
-    stands already.
+    Parameter groups and state are those of ``optimizer``: what either of the two is given or loads
+    is the other's, too. Only the steps are for this one to take. The groups have ``k`` and
+    ``alpha`` besides, the latter as ``lookahead_alpha`` where RMSprop's ``alpha`` stands already.
 
     Example:
         >>> import torch, gcfunc
@@ -145,13 +146,35 @@ class Lookahead(DropIn):
         own = check(k=k, alpha=alpha)
         if "alpha" in optimizer.defaults:
             own["lookahead_alpha"] = own.pop("alpha")
-        self._inner = optimizer
         self._compile = optimizer._compile
-        self._own = optimizer._own | own
+        # Groups that the inner optimizer is given later need them, too.
+        self._own = optimizer._own = optimizer._own | own
         self._forget()
         optimizer._forget()
+        # Of what torch sets to nothing here, the inner optimizer's are not to become any.
+        self._inner: DropIn = SimpleNamespace()  # type: ignore[assignment]
         torch.optim.Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults | own)
-        self.state = optimizer.state
+        self._inner = optimizer
+
+    # One list of groups and one state, whichever of the two optimizers is asked.
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """Those of the inner optimizer."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """That of the inner optimizer."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._inner.state = state
 
     def _constructor(self, group: Group) -> Constructor:
         return self._inner._constructor(group)
@@ -169,6 +192,8 @@ class Lookahead(DropIn):
         return super().__getstate__() | {"_inner": self._inner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # What was loaded is the inner optimizer's too, and its class may have to complete it.
-        self._inner.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        own = dict(state)
+        self._inner = own.pop("_inner", None) or self._inner
+        # Its class may have to complete what is loaded.
+        self._inner.__setstate__({name: own.pop(name) for name in ("state", "param_groups")})
+        super().__setstate__(own)

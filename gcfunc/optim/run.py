@@ -12,14 +12,14 @@ from torch import Tensor
 
 from gcfunc._centralization.formula import Units
 from gcfunc._compiled.planned import Graphs
+from gcfunc._step.hyperparams import of_numpy
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
 from gcfunc._tensors import trees
 from gcfunc.optim import inplace
+from gcfunc.optim.counters import Counters, Entry, count_of
 from gcfunc.optim.groups import Group, names_of, units_of
 
-Entry = dict[str, Any]
-"""What ``optimizer.state`` has for one parameter."""
 Options = tuple[tuple[str, Any], ...]
 
 
@@ -46,10 +46,11 @@ class GroupRun:
         self._group = group
         self._gc, self._made_of = group["gc"], optimizer._made_of(group)
         self._params = [*params]
+        self._dtypes = {p.dtype for p in params}
         names, units = names_of(group), units_of(group)
         ages: dict[int, list[int]] = {}
         for j, p in enumerate(params):
-            ages.setdefault(_count(optimizer.state.get(p, {})), []).append(j)
+            ages.setdefault(count_of(optimizer.state.get(p, {})), []).append(j)
         self._ages = [
             (
                 members,
@@ -69,7 +70,7 @@ class GroupRun:
             and len(params) == len(self._params)
             and all(map(operator.is_, params, self._params))
             and all(map(operator.is_, self._values(), self._held))
-            and not any(same.was_recounted() for _, same in self._ages)
+            and all(same.is_of_that_age() for _, same in self._ages)
             and group["gc"] is self._gc
             and optimizer._made_of(group) == self._made_of
         )
@@ -80,6 +81,8 @@ class GroupRun:
 
     def step(self, optimizer: Owner, grads: list[Tensor]) -> None:
         """Step the parameters."""
+        if {g.dtype for g in grads} != self._dtypes:
+            grads = [_widened(g, p) for g, p in zip(grads, self._params, strict=True)]
         if self._group.get("maximize"):
             grads = [g.neg() for g in grads]
         for members, same in self._ages:
@@ -89,6 +92,12 @@ class GroupRun:
 
 
 _END = object()
+
+
+def _widened(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient in the parameter's dtype where it fits in: ``grad_dtype`` may be another."""
+    fits = torch.promote_types(grad.dtype, param.dtype) is param.dtype
+    return grad.to(param.dtype) if fits else grad
 
 
 class SameAge:
@@ -119,14 +128,7 @@ class SameAge:
         # As in torch, what has no state has no entry either, and a counter comes first.
         keeps = optimizer._counts or start.slots
         entries: dict[str, Entry] = {n: optimizer.state[p] for n, p in params.items() if keeps}
-        # torch gives each parameter a counter of its own, a 0-d tensor. Here they are views of one
-        # vector, so that one operation counts all of them up.
-        self._counters = torch.full((len(params),), float(self._count))
-        if optimizer._counts:
-            for entry, own in zip(entries.values(), self._counters.unbind(), strict=True):
-                entry["step"] = own
-        # Views share their base's version, so that a counter somebody else writes shows there.
-        self._version = self._counters._version
+        self._counters = Counters([*entries.values()] if optimizer._counts else [], self._count)
         for slot, first in start.slots.items():
             for name, entry in entries.items():
                 entry[slot] = first[name] if entry.get(slot) is None else entry[slot]
@@ -134,15 +136,15 @@ class SameAge:
         step = torch.tensor(self._count, device=start.step.device)
         return State(step, start.hyperparams, slots)
 
-    def was_recounted(self) -> bool:
-        """Whether somebody else wrote one of the counters."""
-        return self._counters._version != self._version
+    def is_of_that_age(self) -> bool:
+        """Whether nobody else wrote one of the counters."""
+        return self._counters.say(self._count)
 
     def step(self, optimizer: Owner, group: Group, grads: Sequence[Tensor]) -> None:
         """Update params and state in place."""
         step = self._count + 1
         for name, scalar in self._state.hyperparams.items():
-            value = optimizer._hyperparam(group, name, step)
+            value = of_numpy(optimizer._hyperparam(group, name, step))
             if isinstance(value, Tensor):
                 scalar.copy_(value.reshape(()))
                 self._given.pop(name, None)
@@ -150,12 +152,5 @@ class SameAge:
                 scalar.fill_(value)
                 self._given[name] = value
         self._step(self._flat, grads, self._state)
-        self._counters.add_(1)
-        self._count, self._version = step, self._counters._version
-
-
-def _count(entry: Entry) -> int:
-    """How many steps a parameter has taken."""
-    if "step" in entry:
-        return int(entry["step"])
-    return int(entry.get("momentum_buffer") is not None)
+        self._counters.add_one()
+        self._count = step

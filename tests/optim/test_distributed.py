@@ -3,6 +3,7 @@
 And torch.distributed.checkpoint saves them and has them go on, in other processes too.
 """
 
+import warnings
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -193,6 +195,48 @@ def test_compiled_steps_compile_once(two: Processes, wrap: Wrap) -> None:
     for have, graphs in two(trained_compiled, wrap):
         require_same(have, want)
         assert graphs == 2  # one for each group
+
+
+DECAYED: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+
+
+def sharded_by_zero(gc: str) -> Params:
+    """The optimizer's state in parts, of which one may have nothing that GC takes."""
+    model = DistributedDataParallel(make(Net))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gc='gcc' selects none")
+        opt = ZeroRedundancyOptimizer(model.parameters(), gcfunc.optim.AdamW, **DECAYED, gc=gc)
+    return train(model, opt)
+
+
+@pytest.mark.parametrize("gc", ["gc", "gcc"])
+def test_zero_equals_one_process(two: Processes, gc: str) -> None:
+    models = [make(Net), make(Net)]
+    want, plain = (
+        train(model, gcfunc.optim.AdamW(model.parameters(), **DECAYED, gc=choice))
+        for model, choice in zip(models, (gc, None), strict=True)
+    )
+    for have in two(sharded_by_zero, gc):
+        require_same(have, want)
+    assert largest_difference(want, plain) > 1e-3
+
+
+def a_bias_of_two() -> list[str]:
+    """Each process with one layer's bias alone, and with a layer that a rule does not take."""
+    layer = nn.Linear(3, 2)
+    gcfunc.optim.SGD([layer.bias], lr=0.1, gc="gc")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gcfunc.optim.SGD(layer.parameters(), lr=0.1, gc="gcc")
+    return [str(warning.message) for warning in told]
+
+
+def test_a_share_without_anything_to_centralize_is_told_of(two: Processes) -> None:
+    message = (
+        "gc='gcc' selects none of the parameters (0 (2, 3), 1 (2,)); gc=None says so, and is "
+        "right where other processes hold what it selects"
+    )
+    assert two(a_bias_of_two) == [[message]] * 2
 
 
 HALF = STEPS // 2

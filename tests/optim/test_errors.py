@@ -160,19 +160,29 @@ OWN: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "gc must be None, 'gc'",
     ),
     "nothing for gc": (
-        lambda: optim.SGD([weight(5)], gc="gc"),
+        lambda: optim.SGD(named(), gc="gcc"),
         ValueError,
-        "gc='gc' selects none of the parameters",
+        "gc='gcc' selects none of the parameters (weight (2, 3), bias (2,)); gc=None says so",
     ),
     "nothing for a group's gc": (
-        lambda: optim.SGD([{"params": [weight(5)], "gc": "gcc"}, {"params": [weight()]}]),
+        lambda: optim.SGD([{"params": [weight(), weight()], "gc": "gcc"}, {"params": [weight()]}]),
+        ValueError,
+        "gc='gcc' selects none of the parameters (0 (4, 3), 1 (4, 3)); gc=None says so",
+    ),
+    "nothing for a name": (
+        lambda: optim.SGD_GCC(named()),
         ValueError,
         "gc='gcc' selects none of the parameters",
     ),
-    "nothing for a name": (
-        lambda: optim.SGD_GCC([weight()]),
+    "nothing for a predicate": (
+        lambda: optim.SGD(named(), gc=GC(lambda name, p: "weigth" in name)),
         ValueError,
-        "gc='gcc' selects none of the parameters",
+        "gc=GC(<function>) selects none of the parameters (weight (2, 3), bias (2,)); gc=None says",
+    ),
+    "nothing for a mask": (
+        lambda: optim.SGD(named(), gc=GC({"weight": False, "bias": False})),
+        ValueError,
+        "gc=GC(<dict>) selects none of the parameters (weight (2, 3), bias (2,)); gc=None says so",
     ),
     "mask without names": (
         lambda: optim.SGD([weight()], gc=GC({"weight": True})),

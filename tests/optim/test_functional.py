@@ -58,6 +58,36 @@ def test_equals_the_functional_step(gc: Any, kind: str) -> None:
         assert largest_difference(params, results[1]) > 1e-4
 
 
+@pytest.mark.parametrize(("kind", "compiled"), [("SGD", True), *((kind, False) for kind in KINDS)])
+def test_narrower_gradients_are_widened(kind: str, compiled: bool) -> None:
+    """Of a parameter that takes them, as ``grad_dtype`` tells; wider ones do not fit."""
+    row, options = KINDS[kind]
+    results = []
+    for narrow in (True, False):
+        params = leaves(torch.float32)
+        opt = row.make_drop_in(params.items(), **options, gc="gc", compile=compiled)
+        for seed in range(3):
+            set_grads(params, seed)
+            for p in params.values():
+                assert p.grad is not None
+                rounded = p.grad.bfloat16()
+                if narrow:
+                    p.grad = None
+                    p.grad_dtype = torch.bfloat16
+                p.grad = rounded if narrow else rounded.float()
+            opt.step()
+            for p in params.values():
+                p.grad = None
+                p.grad_dtype = torch.float32
+        results.append(values(opt))
+    assert difference(*results) == 0
+    p.grad_dtype, p.grad = torch.float64, torch.ones_like(p, dtype=torch.float64)
+    before = values(opt)
+    with pytest.raises(ValueError, match=r"has dtype torch\.float64, but its parameter"):
+        opt.step()
+    assert difference(values(opt), before) == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_never_written(kind: str) -> None:
     row, options = KINDS[kind]

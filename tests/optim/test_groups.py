@@ -1,5 +1,6 @@
 """``gc`` as an option of each group, and whose names the parameters have."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -158,3 +159,43 @@ def test_two_models_of_the_same_names() -> None:
         given = [*params.items(), *second.items()] if names else both.values()
         results.append(train(optim.SGD(given, lr=0.1, momentum=0.9, gc="gc"), both, range(3)))
     assert difference(*map(values, results)) == 0
+
+
+@pytest.mark.parametrize("gc", ["gc", "gcc", "linear"])
+def test_one_optimizer_for_each_parameter_is_one_for_all(gc: str) -> None:
+    """GC has nothing to take in a bias, or a rule in a weight: others hold what it takes."""
+    results = []
+    for choice in (gc, None):
+        torch.manual_seed(0)
+        together = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+        apart = copy.deepcopy(together)
+        opt = optim.AdamW(together.parameters(), lr=0.1, gc=choice)
+        own = [optim.AdamW([p], lr=0.1, gc=choice) for p in apart.parameters()]
+        for _ in range(3):
+            x = torch.randn(6, 3, 4, 4)
+            for model, steps in ((together, [opt]), (apart, own)):
+                model.zero_grad()
+                model(x).square().mean().backward()
+                for one in steps:
+                    one.step()
+        results.append([p.detach() for p in together.parameters()])
+        assert difference(results[-1], [*apart.parameters()]) == 0
+    assert difference(*results) > 1e-3
+
+
+def test_weights_may_come_later() -> None:
+    weight, bias = nn.Linear(3, 2).parameters()
+    opt = optim.SGD([{"params": [bias]}], lr=1.0, gc="gc")
+    opt.add_param_group({"params": [weight]})
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    opt.step()
+    assert torch.equal(before - weight.detach(), torch.tensor([[-2.0, -1, 3], [-1, -1, 2]]))
+
+
+def test_a_mask_of_the_whole_model_serves_its_parts() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    mask = gcfunc.select(model[:1]) | {"1.weight": False, "1.bias": False}
+    named = [*model.named_parameters()]
+    for own in (named[:2], named[2:]):
+        optim.SGD(own, lr=0.1, gc=GC(mask))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,25 @@ def test_of_a_lookahead(name: str) -> None:
         lrs.add(lr)
     assert difference(values(opt), values(other)) <= EXACT
     assert len(lrs) > 5
+
+
+TWINS = [row.drop_in for row in CATALOG.values() if row.twin]
+
+
+@pytest.mark.parametrize("drop_in", [optim.Ranger, optim.Lion, *TWINS])
+def test_numbers_of_numpy(drop_in: Callable[..., Optimizer]) -> None:
+    """Arrays too, and written in place; torch takes them where NumPy's arithmetic lets it."""
+    results = []
+    for array, number in ((np.array, np.float32), (float, float)):
+        params = leaves()
+        opt = train(drop_in(params.values(), lr=array(0.25)), params, range(1))
+        group = opt.param_groups[0]
+        train(opt, params, range(1, 2))
+        group["lr"] *= 0.5
+        train(opt, params, range(2, 3))
+        group["lr"], group["weight_decay"] = number(0.0625), array(0.1)
+        results.append(values(train(opt, params, range(3, 5))))
+    assert difference(*results) == 0
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -161,6 +161,27 @@ def test_what_is_loaded_keeps_its_own_gc() -> None:
     assert difference([*same.values()], [*plain.values()]) > 1e-3
 
 
+@pytest.mark.parametrize("build", OWN.values(), ids=OWN.keys())
+def test_what_was_loaded_is_not_shared(build: Build) -> None:
+    """Torch's classes share it: two that go on from one dict ruin each other's moments."""
+    params = leaves()
+    opt = train(build(params), params, range(3))
+    state = opt.state_dict()
+    want = copy.deepcopy(state)
+    others = []
+    for _ in range(2):
+        own = leaves()
+        other = build(own)
+        other.load_state_dict(state)
+        others.append(train(other, own, range(3, 6)))
+    require_same_state(state, want, within=0)
+    assert difference(*map(values, others)) == 0
+    before = [t for entry in others[1].state_dict()["state"].values() for t in entry.values()]
+    kept = copy.deepcopy(before)
+    train(others[0], params, range(6, 7))
+    assert all(map(torch.equal, before, kept))
+
+
 def test_saved_names_do_not_move_gc() -> None:
     """A checkpoint of a wrapped model has other names."""
     model = nn.Linear(3, 2)
