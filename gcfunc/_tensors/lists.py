@@ -18,10 +18,14 @@ from torch import Tensor
 Tensors = list[Tensor]
 
 
+def transforms() -> Sequence[Any]:
+    """The transforms of torch.func that are active here, from the outermost."""
+    # Private: torch.func has no public way to ask.
+    return torch._C._functorch.get_interpreter_stack() or ()
+
+
 def _under_vmap() -> bool:
-    # Private: torch.func has no public way to ask which transforms are active.
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in transforms())
 
 
 # torch leaves the function unannotated.
