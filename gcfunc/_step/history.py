@@ -11,14 +11,14 @@ graph goes. Nothing is kept elsewhere, and no tensor's value is read.
 import inspect
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from gcfunc._step.state import State, tensors
-from gcfunc._tensors.lists import transforms
+from gcfunc._tensors.lists import unbatched, under_grad
 
 FIRST_ORDER = 20
 """So many steps in a row are taken for meta-learning if nothing but params requires grad.
@@ -32,7 +32,7 @@ UNROLLED = 100
 MAML unrolls 5, learning of hyperparameters about 100 (https://arxiv.org/abs/1502.03492).
 """
 _MARK = "gcfunc: steps in a row, and whether the user was told"
-# Someone may have done something to the params between two steps: cloned, masked, packed them.
+# Someone may have done something to the params between two steps: cloned, masked, normalized them.
 _HOPS = 4
 _WIDTH = 1000
 
@@ -46,16 +46,16 @@ def follow(
 ) -> None:
     """Count a step that was recorded, and warn once of a row that is too long to be meant."""
     # Inside of a torch.func.grad steps are meant to be recorded, and only until it returns.
-    if not torch.is_grad_enabled() or transforms():
+    if not torch.is_grad_enabled() or under_grad():
         return
-    made = [t.grad_fn for t in (*new_params, *tensors(new_state)) if t.grad_fn is not None]
+    results = unbatched([*new_params, *tensors(new_state)])
+    made = [t.grad_fn for t in results if t.grad_fn is not None]
     if not made:
         return
-    before, told = _before([*params, *tensors(state)])
+    before, told = _before(unbatched([*params, *tensors(state)]))
     steps = before + 1
-    on_purpose = any(
-        t is not None and t.requires_grad for t in (*grads, *state.hyperparams.values())
-    )
+    others = [*(g for g in grads if g is not None), *state.hyperparams.values()]
+    on_purpose = any(t.requires_grad for t in unbatched(others))
     if not told and steps > (UNROLLED if on_purpose else FIRST_ORDER):
         _tell(steps)
         told = True
@@ -63,7 +63,7 @@ def follow(
         _notes(node)[_MARK] = steps, told
 
 
-def _before(given: Sequence[Tensor]) -> tuple[int, bool]:
+def _before(given: Iterable[Tensor]) -> tuple[int, bool]:
     """What the latest step before left, if these tensors were made of its results."""
     nodes: set[Node] = {t.grad_fn for t in given if t.grad_fn is not None}
     for _ in range(1 + _HOPS):

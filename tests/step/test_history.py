@@ -99,7 +99,17 @@ def learns_lr(opt: Optimizer, params: Params, steps: int) -> None:
         params, state = opt.step(params, random_like(params, t), state)
 
 
-@pytest.mark.parametrize("loop", [by_func, whole_steps, learns_lr])
+def ensemble(opt: Optimizer, params: Params, steps: int) -> None:
+    """What torch.func.stack_module_state gives requires grad."""
+    params, _ = torch.func.stack_module_state([nn.Linear(6, 5) for _ in range(2)])
+    step = torch.func.vmap(opt.step)
+    state = torch.func.vmap(opt.init)(params)
+    for _ in range(steps):
+        grads = torch.func.grad(lambda ps: sum(p.square().sum() for p in ps.values()))(params)
+        params, state = step(params, grads, state)
+
+
+@pytest.mark.parametrize("loop", [by_func, whole_steps, learns_lr, ensemble])
 def test_what_looks_like_meta_learning_is_told_later(loop: Loop) -> None:
     with telling(MANY):
         loop(gcfunc.sgd(0.01, momentum=0.9, gc="gc"), trained(), MANY + 5)
@@ -133,6 +143,19 @@ def test_what_is_done_to_params_between_steps(name: str) -> None:
         for t in range(FEW + 5):
             params, state = opt.step(params, random_like(params, t), state)
             params = BETWEEN[name](params)
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["vmap", "vmap of vmap"])
+def test_an_ensemble_that_forgets_is_told(outer: bool) -> None:
+    opt = gcfunc.adamw(0.1, gc="gc")
+    params = {"weight": torch.ones(2, 4, 3, 5, requires_grad=True)}
+    init, step = torch.func.vmap(opt.init), torch.func.vmap(opt.step)
+    if outer:
+        init, step = torch.func.vmap(init), torch.func.vmap(step)
+    state = init(params)
+    with telling(FEW):
+        for t in range(FEW + 5):
+            params, state = step(params, random_like(params, t), state)
 
 
 def test_gradients_that_come_in_turns() -> None:
@@ -221,6 +244,20 @@ def test_truncated_windows_are_silent() -> None:
         if t % FEW == FEW - 1:
             params, state = pytree.tree_map(lambda x: x.detach(), (params, state))
             params = {name: p.requires_grad_() for name, p in params.items()}
+
+
+def test_an_lr_that_is_learned_in_windows_is_silent() -> None:
+    """However long training takes, if params and state are detached between windows."""
+    opt, params = gcfunc.sgd(0.1, 0.9, gc="gc"), make_params()
+    lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    state = opt.init(params)
+    for t in range(MANY // 5 + 2):
+        params, state = pytree.tree_map(lambda x: x.detach(), (params, state))
+        state = gcfunc.update_hyperparams(state, lr=lr)
+        for _ in range(5):
+            params, state = opt.step(params, random_like(params, t), state)
+        (slope,) = torch.autograd.grad(sum(p.sum() for p in params.values()), lr)
+        assert float(slope) != 0
 
 
 def test_inside_of_torch_func_it_is_silent() -> None:
