@@ -20,7 +20,7 @@ from gcfunc._algorithms.sgd import sgd, sgdw
 from gcfunc._centralization.centralize import centralize
 from gcfunc._centralization.formula import Units
 from gcfunc._centralization.pack import pack, unpack
-from gcfunc._centralization.select import select
+from gcfunc._centralization.select import left_out, select
 from gcfunc._centralization.where import GC
 from gcfunc._compiled.compile import compile  # noqa: A004
 from gcfunc._step.checkpoint import load_state_dict, state_dict
@@ -43,6 +43,7 @@ __all__ = [
     "hooks",
     "layerwise_lr",
     "layerwise_lr_groups",
+    "left_out",
     "lion",
     "load_state_dict",
     "lookahead",

@@ -421,8 +421,8 @@ for label, runs in curves.items():
 # %% [markdown]
 # How to read this:
 #
-# - A difference within two standard errors of zero is no evidence either way. With 360 test
-#   images, one image is 0.28 points.
+# - A difference within 2.6 standard errors of zero, which is Student's t for six seeds, is no
+#   evidence either way. With 360 test images, one image is 0.28 points.
 # - A gap at one learning rate is a statement about that rate. In practice each side would be used
 #   at its own best rate, hence the last lines; with only three rates they are a rough answer. How
 #   wide the range of good rates is counts too.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gcfunc._step import history
 from gcfunc._step.bucket import Bucket, join
 from gcfunc._step.hyperparams import to_scalars
 from gcfunc._step.prepare import Grouped, Groups
@@ -67,7 +68,11 @@ class Optimizer(Grouped):
         """One step: new params and new state. Nothing is written, nothing returned is aliased.
 
         The step is differentiable. In a training loop run it under ``torch.no_grad()``, or on
-        detached params: with params that require grad, autograd would record every step.
+        detached params: with params that require grad, autograd records every step upon the one
+        before, and memory grows without end. A ``UserWarning`` says so once, in the line that calls
+        ``step``, after 20 such steps in a row, or 100 if gradients or hyperparameters require grad
+        too, as they do where one learns through steps. It never does inside of
+        :func:`torch.func.grad`, nor in compiled code.
 
         Args:
             params: As given to :meth:`init`.
@@ -87,6 +92,8 @@ class Optimizer(Grouped):
         """
         flat, gs, buckets = self.prepare(params, grads, state)
         new, new_state = stepped(flat, gs, state, buckets)
+        if not torch.compiler.is_compiling():
+            history.follow(flat.leaves, gs, state, new, new_state)
         return flat.rebuild(new), new_state
 
     def __repr__(self) -> str:

@@ -46,3 +46,8 @@ def require_scalars(state: State) -> None:
 def slot_tensors(state: State) -> list[Tensor]:
     """All tensors of all slots."""
     return [tensor for values in state.slots.values() for tensor in values.values()]
+
+
+def tensors(state: State) -> list[Tensor]:
+    """All that a state holds."""
+    return [state.step, *state.hyperparams.values(), *slot_tensors(state)]

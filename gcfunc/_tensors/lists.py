@@ -9,7 +9,7 @@ A *scalar* is a 0-d tensor that already has the dtype and device of the list, so
 promotes a dtype and no hyperparameter becomes a constant of a compiled graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,33 @@ from torch import Tensor
 Tensors = list[Tensor]
 
 
-def _under_vmap() -> bool:
-    # Private: torch.func has no public way to ask which transforms are active.
+# Private, as all of torch._C: torch.func has no public way to ask which transforms are active, nor
+# for what autograd has recorded of a tensor inside of vmap.
+def _transforms() -> list[bool]:
+    """For each transform of torch.func that is active here, whether it is vmap."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    return [level.key() == torch._C._functorch.TransformType.Vmap for level in stack]
+
+
+def _under_vmap() -> bool:
+    return any(_transforms())
+
+
+def under_grad() -> bool:
+    """Whether a transform of torch.func is active here that differentiates, or another but vmap."""
+    return not all(_transforms())
+
+
+def unbatched(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Tensors as they are outside of all vmaps that are active here."""
+    for _ in _transforms():
+        tensors = map(_unbatched, tensors)
+    return tensors
+
+
+def _unbatched(t: Tensor) -> Tensor:
+    functorch = torch._C._functorch
+    return functorch.get_unwrapped(t) if functorch.is_batchedtensor(t) else t
 
 
 # torch leaves the function unannotated.

@@ -49,20 +49,15 @@ def table(config: Config, runs: Sequence[Finished]) -> Table:
         padding=(0, 1, 0, 0),
     )
     shown.add_column("gc", no_wrap=True)
-    for heading in ("train loss", "test loss", "test accuracy, %", "ms a step"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    for quantity in summary.QUANTITIES.values():
+        shown.add_column(quantity.heading, justify="right", no_wrap=True)
     for gc in config.variants:
-        cells = []
-        for quantity in summary.QUANTITIES:
-            spread = summary.spread(summary.finals(runs, gc, quantity))
-            cells.append(_cell(quantity, spread.mean, spread.std if many else None))
-        shown.add_row(gc, *cells)
+        spreads = {q: summary.spread(summary.finals(runs, gc, q)) for q in summary.QUANTITIES}
+        shown.add_row(gc, *[_cell(q, spread.mean, spread.std) for q, spread in spreads.items()])
     if config.compare:
         shown.add_section()
-        cells = []
-        for quantity, difference in _differences(config, runs).items():
-            cells.append(_cell(quantity, difference.mean, difference.error, sign="+"))
-        shown.add_row("change", *cells)
+        found = summary.differences(runs, config.gc)
+        shown.add_row("change", *[_cell(q, d.mean, d.error, sign="+") for q, d in found.items()])
     return shown
 
 
@@ -96,7 +91,7 @@ def write_json(
     if config.compare:
         content["difference"] = {
             quantity: {**vars(difference), "is_noise": difference.is_noise}
-            for quantity, difference in _differences(config, runs).items()
+            for quantity, difference in summary.differences(runs, config.gc).items()
         }
         content["verdict"] = summary.verdict(runs, config.gc)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -139,19 +134,10 @@ def _draw(axes: Axes, gc: str, values: np.ndarray[tuple[int, ...], np.dtype[np.f
         axes.fill_between(epochs, mean - std, mean + std, color=COLORS[gc], alpha=BAND, linewidth=0)
 
 
-def _differences(config: Config, runs: Sequence[Finished]) -> dict[str, summary.Difference]:
-    return {
-        quantity: summary.difference(
-            summary.finals(runs, config.gc, quantity), summary.finals(runs, "none", quantity)
-        )
-        for quantity in summary.QUANTITIES
-    }
-
-
-def _cell(quantity: str, value: float, spread: float | None, sign: str = "") -> str:
-    factor, digits = {"test_accuracy": (100, 2), "step_ms": (1, 2)}.get(quantity, (1, 4))
-    text = f"{factor * value:{sign}.{digits}f}"
-    return text if spread is None else f"{text} ± {factor * spread:.{digits}f}"
+def _cell(name: str, value: float, spread: float | None, sign: str = "") -> str:
+    quantity = summary.QUANTITIES[name]
+    text = quantity.show(value, sign)
+    return text if spread is None else f"{text} ± {quantity.show(spread)}"
 
 
 def _count(n: int, what: str) -> str:

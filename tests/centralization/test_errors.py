@@ -235,6 +235,16 @@ CASES: dict[str, Case] = {
         ValueError,
         "layers: Units(dim=2, groups=1) does not fit a weight of shape (2, 3)",
     ),
+    "left out of params": (
+        lambda: gcfunc.left_out(dict(MODEL.named_parameters())),  # type: ignore[arg-type]
+        TypeError,
+        "model must be a torch.nn.Module, got dict",
+    ),
+    "left out by an unknown rule": (
+        lambda: gcfunc.left_out(MODEL, "conv"),
+        ValueError,
+        f"where must be one of {NAMES}, got 'conv'",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """What the paper means by weights, asked of every kind of layer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"self_attn.in_proj_weight": True, "self_attn.out_proj.weight": True}
         | {"linear1.weight": True, "linear2.weight": True},
     ),
-    "tables, norms and recurrence": (
+    "tables and norms": (
         lambda: nn.ModuleList(
             [
                 nn.Embedding(5, 4),
@@ -94,10 +95,29 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
                 nn.BatchNorm2d(3),
                 nn.GroupNorm(1, 3),
                 nn.PReLU(3),
-                nn.LSTM(3, 4),
             ]
         ),
         NOTHING,
+    ),
+    **{
+        kind.__name__: (
+            partial(kind, 3, 4, num_layers=2),
+            {f"weight_{x}_l{i}": True for i in range(2) for x in ("ih", "hh")},
+        )
+        for kind in (nn.RNN, nn.LSTM, nn.GRU)
+    },
+    "LSTM, both ways and projected": (
+        lambda: nn.LSTM(3, 4, proj_size=2, bidirectional=True),
+        {f"weight_{x}_l0{way}": True for way in ("", "_reverse") for x in ("ih", "hh", "hr")},
+    ),
+    "LSTM of one input": (lambda: nn.LSTM(1, 4), {"weight_hh_l0": True}),
+    **{
+        kind.__name__: (partial(kind, 3, 4), {"weight_ih": True, "weight_hh": True})
+        for kind in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    },
+    "LSTM with weight norm": (
+        lambda: parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
+        {"weight_ih_l0": True, "parametrizations.weight_hh_l0.original1": True},
     ),
     "one input": (lambda: nn.Linear(1, 3), NOTHING),
     "one input, depthwise": (lambda: nn.Conv2d(4, 4, 1, groups=4), NOTHING),
@@ -155,7 +175,7 @@ def test_further_layers(where: str) -> None:
         {
             "own": Projection(),
             "table": Table(5, 4),
-            "lstm": nn.LSTM(3, 4),
+            "bag": nn.EmbeddingBag(3, 4),
             "narrow": Table(5, 1),
             "linear": nn.Linear(4, 3),
         }
@@ -165,13 +185,17 @@ def test_further_layers(where: str) -> None:
     mask = gcfunc.select(
         model,
         where,
-        layers={Projection: COLUMNS, nn.Embedding: Units(), nn.LSTM: Units(), nn.Linear: COLUMNS},
+        layers={
+            Projection: COLUMNS,
+            nn.Embedding: Units(),
+            nn.EmbeddingBag: Units(),
+            nn.Linear: COLUMNS,
+        },
     )
     assert {n: answer for n, answer in mask.items() if answer} == {
         "own.weight": COLUMNS,
         "table.weight": True,
-        "lstm.weight_ih_l0": True,
-        "lstm.weight_hh_l0": True,
+        "bag.weight": True,
         "linear.weight": COLUMNS,
     }
 

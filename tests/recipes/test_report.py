@@ -1,6 +1,7 @@
 """What ``gcfunc train`` reports."""
 
-import re
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -69,31 +70,125 @@ def test_divergence_is_said_and_not_compared(
     result = train(tmp_path, *QUICK, "--compare", "--seeds", "2", "--lr", "1e30")
     assert result["summary"]["gc"]["train_loss"]["mean"] is None
     assert "2 of 2 runs without centralization and 2 of 2 with gc diverged" in result["verdict"]
+    assert {d["is_noise"] for d in result["difference"].values()} == {None}
     assert "nan" in capsys.readouterr().out
 
 
-def runs_with(gc: str, accuracies: list[float]) -> list[Finished]:
+def runs_with(gc: str, **measures: list[float]) -> list[Finished]:
+    """A run for each value, all else being equal."""
     return [
-        Finished(gc, seed, [Epoch(1, 0.1, 0.5, 0.5, accuracy, 1.0)])
-        for seed, accuracy in enumerate(accuracies)
+        Finished(
+            gc,
+            seed,
+            [
+                replace(
+                    Epoch(1, 0.1, 0.5, 0.6, 0.9, 1.0), **dict(zip(measures, values, strict=True))
+                )
+            ],
+        )
+        for seed, values in enumerate(zip(*measures.values(), strict=True))
     ]
+
+
+def lines(without: dict[str, list[float]], with_gc: dict[str, list[float]]) -> list[str]:
+    runs = [*runs_with("none", **without), *runs_with("gc", **with_gc)]
+    heading, *said = summary.verdict(runs, "gc").splitlines()
+    seeds = len(runs) // 2
+    many = f"mean change over {seeds} seeds, paired, and its 95 % confidence interval"
+    assert (many if seeds > 1 else "one run without it and one with") in heading
+    return said
 
 
 @pytest.mark.parametrize(
     ("without", "with_gc", "said"),
     [
-        ([0.90, 0.91, 0.92], [0.95, 0.96, 0.97], r"\+5\.00 ± 0\.00 .* it helps\.$"),
-        ([0.95, 0.96, 0.98], [0.90, 0.91, 0.92], r"-5\.33 ± 0\.33 .* it hurts\.$"),
-        ([0.90, 0.95, 0.97], [0.96, 0.92, 0.97], r"within noise, so .* no measurable difference"),
-        ([0.90, 0.90], [0.90, 0.90], r"\+0\.00 ± 0\.00 .* within noise"),
+        ([0.90, 0.91, 0.93], [0.95, 0.96, 0.97], "+4.67 points (+3.23 to +6.10): better."),
+        ([0.95, 0.96, 0.98], [0.90, 0.91, 0.92], "-5.33 points (-6.77 to -3.90): worse."),
+        (
+            [0.90, 0.95, 0.97],
+            [0.96, 0.92, 0.97],
+            "+1.00 points (-10.38 to +12.38): 3 seeds cannot tell that from noise.",
+        ),
         # More than two standard errors, which with two seeds is still nothing.
-        ([0.90, 0.90], [0.91, 0.92], r"\+1\.50 ± 0\.50 .* within noise"),
-        ([0.90], [0.99], r"\+9\.00 points; one seed cannot tell"),
+        (
+            [0.90, 0.90],
+            [0.91, 0.92],
+            "+1.50 points (-4.85 to +7.85): 2 seeds cannot tell that from noise.",
+        ),
+        # The accuracy on few images has few values.
+        (
+            [0.90, 0.91, 0.92],
+            [0.95, 0.96, 0.97],
+            "+5.00 points in each of 3 seeds, which leaves no spread to judge it by.",
+        ),
+        ([0.90], [0.99], "+9.00 points: one run of each cannot tell that from noise."),
     ],
 )
 def test_verdict(without: list[float], with_gc: list[float], said: str) -> None:
-    verdict = summary.verdict([*runs_with("none", without), *runs_with("gc", with_gc)], "gc")
-    assert re.search(said, verdict)
+    (line,) = [
+        line
+        for line in lines({"test_accuracy": without}, {"test_accuracy": with_gc})
+        if line.startswith("Test accuracy")
+    ]
+    assert line == f"Test accuracy {said}"
+
+
+def test_each_measure_has_its_own_verdict() -> None:
+    """Runs in which one measure is better, one is worse, and one may be either."""
+    without = {
+        "train_loss": [0.23, 0.24, 0.22],
+        "test_loss": [0.30, 0.31, 0.32],
+        "test_accuracy": [0.90, 0.91, 0.92],
+    }
+    with_gc = {
+        "train_loss": [0.12, 0.14, 0.12],
+        "test_loss": [0.40, 0.42, 0.42],
+        "test_accuracy": [0.91, 0.91, 0.90],
+    }
+    assert lines(without, with_gc) == [
+        "Training loss -0.1033 (-0.1177 to -0.0890): better.",
+        "Test loss +0.1033 (+0.0890 to +0.1177): worse.",
+        "Test accuracy -0.33 points (-4.13 to +3.46): 3 seeds cannot tell that from noise.",
+    ]
+
+
+def test_runs_that_are_the_same() -> None:
+    same = {"test_accuracy": [0.9, 0.8]}
+    assert lines(same, same) == [
+        f"{name}: the same with and without, in each of 2 seeds."
+        for name in ("Training loss", "Test loss", "Test accuracy")
+    ]
+
+
+def test_runs_are_paired_by_their_seeds() -> None:
+    """In whatever order they were made."""
+    runs = [
+        *runs_with("none", test_loss=[0.3, 0.5, 0.8]),
+        *runs_with("gc", test_loss=[0.2, 0.3, 0.7]),
+    ]
+    assert summary.differences(runs[::-1], "gc") == summary.differences(runs, "gc")
+    mixed = [runs[i] for i in (2, 4, 0, 5, 3, 1)]
+    assert summary.verdict(mixed, "gc") == summary.verdict(runs, "gc")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("measure", ["train_loss", "test_loss"])
+def test_nothing_is_compared_where_a_run_diverged(measure: str, value: float) -> None:
+    runs = [
+        *runs_with("none", **{measure: [0.3, 0.4, 0.5]}),
+        *runs_with("gc", **{measure: [0.1, value, 0.2]}),
+    ]
+    assert "0 of 3 runs without centralization and 1 of 3 with gc diverged" in summary.verdict(
+        runs, "gc"
+    )
+    for difference in summary.differences(runs, "gc").values():
+        assert (difference.error, difference.interval, difference.is_noise) == (None, None, None)
+
+
+def test_one_run_is_no_noise_either() -> None:
+    difference = summary.difference([0.5], [0.1])
+    assert (difference.interval, difference.is_noise) == (None, None)
+    assert summary.spread([0.5]).std is None
 
 
 def test_noise_is_what_a_paired_t_test_says() -> None:
@@ -102,8 +197,10 @@ def test_noise_is_what_a_paired_t_test_says() -> None:
     for _ in range(200):
         without = rng.normal(0.9, 0.02, size=4)
         with_gc = without + rng.normal(0.01, 0.01, size=4)
-        p = stats.ttest_rel(with_gc, without).pvalue
-        is_noise = summary.difference(list(with_gc), list(without)).is_noise
-        assert is_noise == (p >= 0.05)
+        test = stats.ttest_rel(with_gc, without)
+        difference = summary.difference(list(with_gc), list(without))
+        is_noise = difference.is_noise
+        assert is_noise == (test.pvalue >= 0.05)
+        assert difference.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
         seen.add(is_noise)
     assert seen == {True, False}
