@@ -11,19 +11,18 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from torch import Tensor, nn
 
 from gcfunc import optim
 from gcfunc._tensors.versions import TORCH
+from tests.histories import check
 from tests.optim.training import PLAIN, difference, require_same_state
 
 WITHIN = 1e-9
@@ -212,18 +211,6 @@ class History(RuleBasedStateMachine):
 
 class CentralizedHistory(History):
     gc = "gc"
-
-
-def check(machine: type[History], runs: int, steps: int) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=runs,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=[*HealthCheck],
-        ),
-    )
 
 
 machines = pytest.mark.parametrize("machine", [History, CentralizedHistory])
