@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
 from gcfunc._tensors import trees
+from gcfunc._tensors.calls import functional_call
 from gcfunc._tensors.lists import Tensors, add, compute_dtype
 from gcfunc._tensors.trees import Tree
+from gcfunc._training.attributes import Attributes, put_back
 from gcfunc._training.batches import clip, gather, micro_batches
+from gcfunc._training.limits import explained, explained_compiled, require_possible
 from gcfunc._training.objective import Objective, require_loss_fn, require_model, require_no_hooks
+from gcfunc._training.options import require_options
 
 
 class TrainState(NamedTuple):
@@ -105,12 +107,13 @@ def train_step(
         ({'weight': tensor([[-1.,  1.]])}, tensor(1.))
     """
     require_model(model)
+    require_possible(model)
     require_loss_fn(loss_fn)
     if not isinstance(opt, Optimizer):
         raise TypeError(
             f"opt must be an optimizer such as gcfunc.sgd(0.1), not yet compiled, got {opt!r}"
         )
-    _require_options(clip_norm, accumulate, autocast)
+    require_options(clip_norm, accumulate, autocast)
     return TrainStep(
         Objective(model, loss_fn, bool(has_aux)),
         opt,
@@ -138,6 +141,7 @@ class TrainStep:
         self._accumulate = accumulate
         self._autocast = autocast
         named = dict(objective.model.named_parameters())
+        self._attributes = Attributes(objective)
         self._all_names = [*named]
         self._names = [name for name, p in named.items() if p.requires_grad]
         self.device_type = named[self._names[0]].device.type
@@ -215,9 +219,16 @@ class TrainStep:
         sums: Tensors = []
         losses: list[Tensor] = []
         auxes: list[Tree] = []
+        gradient = grad_and_value(self._loss, has_aux=True)
         for batch in micro_batches(inputs, targets, self._accumulate):
-            gradient = grad_and_value(self._loss, has_aux=True)
-            grads, (loss, (aux, buffers)) = gradient(params, buffers, batch)
+            try:
+                grads, (loss, (aux, buffers)) = gradient(params, buffers, batch)
+            except Exception as error:
+                if not torch.compiler.is_compiling():
+                    limit = explained(self._objective, error)
+                    if limit is not None:
+                        raise limit from error
+                raise
             # Summed and clipped wide, and rounded once.
             gs = [grads[name].to(compute_dtype(p.dtype)) for name, p in params.items()]
             sums = add(sums, gs) if sums else gs
@@ -229,6 +240,17 @@ class TrainStep:
         loss = torch.stack(losses).sum()
         return clipped, buffers, (loss, gather(auxes)) if self._objective.has_aux else (loss,)
 
+    def explain(
+        self, error: Exception, train: TrainState, inputs: Any, targets: tuple[Any, ...]
+    ) -> None:
+        """Raise an error of ours for what failed compiled, in torch's words, if there is one."""
+        self.require_own(train)
+        self.opt.prepare(train.params, train.params, train.state)
+        self.gradients(train.params, train.buffers, inputs, targets)
+        limit = explained_compiled(self._objective, error)
+        if limit is not None:
+            raise limit from error
+
     def _loss(
         self, params: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Any, Any]
     ) -> tuple[Tensor, tuple[Tree, dict[str, Tensor]]]:
@@ -239,26 +261,27 @@ class TrainStep:
         }
         # The forward may write buffers in place.
         own = params | constants | {name: b.clone() for name, b in buffers.items()}
-        with (
-            torch.autocast(self.device_type, self._autocast)
-            if self._autocast
-            else contextlib.nullcontext()
-        ):
-            loss, aux, buffers = functional_call(
-                self._objective, {f"model.{name}": t for name, t in own.items()}, batch
+        given = {f"model.{name}": t for name, t in own.items()}
+        held = self._attributes.read()
+        try:
+            with (
+                torch.autocast(self.device_type, self._autocast)
+                if self._autocast
+                else contextlib.nullcontext()
+            ):
+                loss, aux, new = functional_call(self._objective, given, batch)
+        finally:
+            put_back(held)
+        if lost := [
+            name for name in own if name not in buffers and given[f"model.{name}"] is not own[name]
+        ]:
+            raise ValueError(
+                f"the forward of the model replaced {lost[0]!r}, so that it would not be trained; "
+                "compute with another tensor instead of assigning one"
             )
-        return loss / self._accumulate, (aux, buffers)
-
-
-def _require_options(clip_norm: Any, accumulate: Any, autocast: Any) -> None:
-    if clip_norm is not None:
-        if isinstance(clip_norm, bool) or not isinstance(clip_norm, Real):
-            raise TypeError(f"clip_norm must be None or a number, got {clip_norm!r}")
-        if not 0 < float(clip_norm) < math.inf:
-            raise ValueError(f"clip_norm must be a finite number > 0, got {clip_norm}")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-        raise TypeError(f"accumulate must be an integer, got {accumulate!r}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+        if added := [name for name in new if name not in buffers]:
+            raise ValueError(
+                f"the forward of the model made a buffer {added[0]!r} that was none before, or was "
+                "tied; run the model once before train_step, and write tied buffers in place"
+            )
+        return loss / self._accumulate, (aux, new)
