@@ -31,6 +31,7 @@ class CompiledTrainStep:
     """A training step whose pure ``step`` is compiled; :func:`gcfunc.compile` makes it."""
 
     def __init__(self, train_step: TrainStep, kwargs: dict[str, Any]) -> None:
+        train_step.require_compilable()
         if "options" in kwargs and train_step.device_type == "cpu":
             kwargs = kwargs | {"options": CPU_OPTIONS | kwargs["options"]}
         self._train_step = train_step

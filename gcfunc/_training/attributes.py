@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def put_back(held: Held) -> None:
     for module, names, values in held:
         for name, value in values.items():
             own = vars(module).get(name)
-            if own is not value and (_holds_tensors(own) or _holds_tensors(value)):
+            if not _same(own, value) and (_holds_tensors(own) or _holds_tensors(value)):
                 setattr(module, name, value)
         if names is None:
             continue
@@ -67,12 +68,20 @@ def _names(module: nn.Module) -> list[str]:
 
 def _is_traceable(value: Any) -> bool:
     if type(value) is tuple:
-        return all(map(_is_traceable, value))
+        return any(isinstance(t, Tensor) for t in value) and all(map(_is_traceable, value))
     if not isinstance(value, Tensor):
         return value is None
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
     return plain and not value.is_quantized and not value.is_nested
 
 
+def _same(one: Any, other: Any) -> bool:
+    # Dynamo cannot trace ``is`` for two tuples.
+    if type(one) is tuple and type(other) is tuple:
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
+
+
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in trees.leaves_of(value))
+    # An LSTM has weak references to its weights, too.
+    return any(isinstance(leaf, (Tensor, weakref.ref)) for leaf in trees.leaves_of(value))

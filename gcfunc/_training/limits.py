@@ -25,8 +25,19 @@ def require_possible(model: nn.Module) -> None:
             )
 
 
-def explained(objective: nn.Module, error: Exception) -> ValueError | None:
-    """What a forward under torch.func failed of, if it is one of torch.func's limits.
+def require_uncompiled(objective: nn.Module) -> None:
+    """Raise ValueError where :func:`torch.compile` would meet its own module in a trace."""
+    for name, module in objective.named_modules():
+        # Dynamo gives the parameters in it other names than it has.
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise ValueError(
+                f"{_called(name, module)} is compiled already; make the training step of the "
+                "module that was compiled"
+            )
+
+
+def explain(objective: nn.Module, error: Exception) -> None:
+    """Raise ValueError if a forward under torch.func failed of one of torch.func's limits.
 
     By the frames from the innermost module's to where the error was raised.
     """
@@ -42,14 +53,13 @@ def explained(objective: nn.Module, error: Exception) -> ValueError | None:
         trace = trace.tb_next
     for is_it, why in LIMITS.items():
         if is_it(between, error):
-            return ValueError(f"{_called(*modules[inside])} {why}")
-    return None
+            raise ValueError(f"{_called(*modules[inside])} {why}") from error
 
 
-def explained_compiled(objective: nn.Module, error: Exception) -> ValueError | None:
-    """What torch.compile failed of: a kind of module that it does not trace, or a piece of code."""
+def explain_compiled(objective: nn.Module, error: Exception) -> None:
+    """Raise ValueError if torch.compile failed of a kind of module, or of a module's code."""
     if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return None
+        return
     found = [
         f"{_called(name, module)} {why}"
         for name, module in objective.named_modules()
@@ -58,9 +68,9 @@ def explained_compiled(objective: nn.Module, error: Exception) -> ValueError | N
     ]
     if not found:
         found = _traced_last(objective, error)
-    if not found:
-        return None
-    return ValueError(f"torch.compile cannot trace {'; '.join(found)}; or step uncompiled")
+    if found:
+        said = f"torch.compile cannot trace {'; '.join(found)}; or step uncompiled"
+        raise ValueError(said) from error
 
 
 def _traced_last(objective: nn.Module, error: Exception) -> list[str]:
@@ -135,10 +145,6 @@ def _is_script(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule)
-
-
 UNTRACEABLE: dict[Callable[[nn.Module], bool], str] = {
     _averages_over_all: (
         "with momentum=None, which reads its count of batches as a Python number; give it a "
@@ -146,7 +152,6 @@ UNTRACEABLE: dict[Callable[[nn.Module], bool], str] = {
     ),
     _is_recurrent: "as a whole; call nn.LSTMCell, GRUCell or RNNCell for each step in time",
     _is_script: "for its being TorchScript; use the module that was scripted",
-    _is_compiled: "for its being compiled already; use the module that was compiled",
 }
 """Modules that torch.compile cannot take here."""
 

@@ -18,8 +18,19 @@ from gcfunc._tensors.lists import Tensors, add, compute_dtype
 from gcfunc._tensors.trees import Tree
 from gcfunc._training.attributes import Attributes, put_back
 from gcfunc._training.batches import clip, gather, micro_batches
-from gcfunc._training.limits import explained, explained_compiled, require_possible
-from gcfunc._training.objective import Objective, require_loss_fn, require_model, require_no_hooks
+from gcfunc._training.limits import (
+    explain,
+    explain_compiled,
+    require_possible,
+    require_uncompiled,
+)
+from gcfunc._training.objective import (
+    Objective,
+    require_kept,
+    require_loss_fn,
+    require_model,
+    require_no_hooks,
+)
 from gcfunc._training.options import require_options
 
 
@@ -88,12 +99,20 @@ def train_step(
         coasts on its momentum. Autograd gives it ``None`` and torch.optim leaves it alone.
         Freeze it (``requires_grad_(False)``) to have the same here.
 
+    Note:
+        Modules may be shared and tensors tied. What the forward writes to attributes that are not
+        registered, such as activations, is taken back; return it as ``aux``. torch.func takes no
+        ``torch.utils.checkpoint`` and no ``torch.autograd.Function`` without ``setup_context``;
+        torch.compile no BatchNorm with ``momentum=None`` in training, no ``nn.LSTM``, ``GRU`` or
+        ``RNN`` (their cells it does), and no branch on a tensor's value. A step that fails of these
+        raises a ValueError that names the module; under :func:`torch.compile` itself, torch's own.
+
     Raises:
         TypeError: an argument is of the wrong kind, or the model is wrapped by DDP or FSDP, which
             torch.func would skip.
-        ValueError: an argument is out of its bounds, the model has no trainable parameter or one
-            without a shape or with a gradient hook, or ``loss_fn`` has parameters, which nobody
-            would train.
+        ValueError: an argument is out of its bounds, the model has no trainable parameter, or one
+            without a shape, with a gradient hook or with sparse gradients, or ``loss_fn`` has
+            parameters, which nobody would train.
 
     Example:
         >>> import torch, gcfunc
@@ -178,8 +197,9 @@ class TrainStep:
         Raises:
             TypeError: ``train`` is no :class:`TrainState`, ``loss_fn`` returned something of the
                 wrong kind, or ``accumulate`` meets something that it cannot cut up.
-            ValueError: ``train`` does not match the model, the loss is no 0-d tensor, or a tensor's
-                dimension 0 cannot be cut into ``accumulate`` equal parts.
+            ValueError: ``train`` does not match the model, the loss is no 0-d tensor, a tensor's
+                dimension 0 cannot be cut into ``accumulate`` equal parts, or the forward does what
+                torch.func or torch.compile cannot take, see :func:`gcfunc.train_step`.
         """
         self.require_own(train)
         grads, buffers, results = self.gradients(train.params, train.buffers, inputs, targets)
@@ -225,9 +245,7 @@ class TrainStep:
                 grads, (loss, (aux, buffers)) = gradient(params, buffers, batch)
             except Exception as error:
                 if not torch.compiler.is_compiling():
-                    limit = explained(self._objective, error)
-                    if limit is not None:
-                        raise limit from error
+                    explain(self._objective, error)
                 raise
             # Summed and clipped wide, and rounded once.
             gs = [grads[name].to(compute_dtype(p.dtype)) for name, p in params.items()]
@@ -240,6 +258,10 @@ class TrainStep:
         loss = torch.stack(losses).sum()
         return clipped, buffers, (loss, gather(auxes)) if self._objective.has_aux else (loss,)
 
+    def require_compilable(self) -> None:
+        """Raise ValueError for a model of which it is plain that it cannot be compiled."""
+        require_uncompiled(self._objective)
+
     def explain(
         self, error: Exception, train: TrainState, inputs: Any, targets: tuple[Any, ...]
     ) -> None:
@@ -247,9 +269,7 @@ class TrainStep:
         self.require_own(train)
         self.opt.prepare(train.params, train.params, train.state)
         self.gradients(train.params, train.buffers, inputs, targets)
-        limit = explained_compiled(self._objective, error)
-        if limit is not None:
-            raise limit from error
+        explain_compiled(self._objective, error)
 
     def _loss(
         self, params: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Any, Any]
@@ -272,16 +292,5 @@ class TrainStep:
                 loss, aux, new = functional_call(self._objective, given, batch)
         finally:
             put_back(held)
-        if lost := [
-            name for name in own if name not in buffers and given[f"model.{name}"] is not own[name]
-        ]:
-            raise ValueError(
-                f"the forward of the model replaced {lost[0]!r}, so that it would not be trained; "
-                "compute with another tensor instead of assigning one"
-            )
-        if added := [name for name in new if name not in buffers]:
-            raise ValueError(
-                f"the forward of the model made a buffer {added[0]!r} that was none before, or was "
-                "tied; run the model once before train_step, and write tied buffers in place"
-            )
+        require_kept({name: given[f"model.{name}"] for name in own}, own, buffers, new)
         return loss / self._accumulate, (aux, new)
