@@ -8,7 +8,7 @@ Params, gradients and state are trees of tensors; nothing is mutated, and nothin
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 import gcfunc
 
@@ -21,7 +21,7 @@ model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def loss_of(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(functional_call(model, params, x), y)
+    return F.cross_entropy(gcfunc.functional_call(model, params, x), y)
 
 
 # Detached, so that autograd does not record the optimizer's steps. torch.func differentiates

@@ -27,6 +27,7 @@ from gcfunc._step.checkpoint import load_state_dict, state_dict
 from gcfunc._step.hyperparams import update_hyperparams
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
+from gcfunc._tensors.calls import functional_call
 from gcfunc._training.step import TrainState, train_step
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "adamw",
     "centralize",
     "compile",
+    "functional_call",
     "hooks",
     "layerwise_lr",
     "layerwise_lr_groups",

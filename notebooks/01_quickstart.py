@@ -44,7 +44,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 import gcfunc
 
@@ -132,7 +132,7 @@ for name, p in initial_params(0).items():
 
 # %%
 def loss_of(params, x, y):
-    return nn.functional.cross_entropy(functional_call(model, params, (x,)), y)
+    return nn.functional.cross_entropy(gcfunc.functional_call(model, params, x), y)
 
 
 def batches(epoch, seed=0, size=64):
@@ -142,7 +142,8 @@ def batches(epoch, seed=0, size=64):
 
 
 def accuracy(params):
-    return (functional_call(model, params, (test_x,)).argmax(1) == test_y).double().mean().item()
+    predicted = gcfunc.functional_call(model, params, test_x).argmax(1)
+    return (predicted == test_y).double().mean().item()
 
 
 # %% [markdown]

@@ -107,7 +107,7 @@ def unpack(packed: Packed) -> Tree:
 
     Returns:
         The tree that was packed: same structure, names, shapes and strides, fit for
-        ``torch.func.functional_call``. Writing its tensors writes the packed ones.
+        ``gcfunc.functional_call``. Writing its tensors writes the packed ones.
 
     Raises:
         TypeError: ``packed`` is not packed.
@@ -117,7 +117,7 @@ def unpack(packed: Packed) -> Tree:
         >>> packed = gcfunc.pack({"weight": torch.eye(2), "bias": torch.ones(2)})
         >>> layer, x = torch.nn.Linear(2, 2), torch.tensor([[1.0, 2.0]])
         >>> def loss(packed):
-        ...     return torch.func.functional_call(layer, gcfunc.unpack(packed), x).sum()
+        ...     return gcfunc.functional_call(layer, gcfunc.unpack(packed), x).sum()
         >>> gcfunc.unpack(torch.func.grad(loss)(packed))["weight"]
         tensor([[1., 2.],
                 [1., 2.]])

@@ -31,6 +31,7 @@ class CompiledTrainStep:
     """A training step whose pure ``step`` is compiled; :func:`gcfunc.compile` makes it."""
 
     def __init__(self, train_step: TrainStep, kwargs: dict[str, Any]) -> None:
+        train_step.require_compilable()
         if "options" in kwargs and train_step.device_type == "cpu":
             kwargs = kwargs | {"options": CPU_OPTIONS | kwargs["options"]}
         self._train_step = train_step
@@ -43,7 +44,11 @@ class CompiledTrainStep:
 
     def step(self, train: TrainState, inputs: Any, *targets: Any) -> tuple[Any, ...]:
         """As ``step`` of :func:`gcfunc.train_step`."""
-        return self._step(train, inputs, *targets)
+        try:
+            return self._step(train, inputs, *targets)
+        except Exception as error:
+            self._train_step.explain(error, train, inputs, targets)
+            raise
 
     def __call__(self, train: TrainState, inputs: Any, *targets: Any) -> tuple[Any, ...]:
         """Short for :meth:`step`."""
@@ -90,10 +95,8 @@ class _PlannedTraining(Planned):
         made_inside = [None] * len(flat.leaves)
         try:
             [results] = self._call(plan, graphs, made_inside, train.state, buffers, inputs, targets)
-        except Exception:
-            # A trace that failed says so in torch's words; if it was the user's input, in ours.
-            self._opt.prepare(train.params, train.params, train.state)
-            self._train_step.gradients(train.params, train.buffers, inputs, targets)
+        except Exception as error:
+            self._train_step.explain(error, train, inputs, targets)
             raise
         own: tuple[Any, ...] = results
         return own

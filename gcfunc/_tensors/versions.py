@@ -14,3 +14,6 @@ LOSES_0D_FLOAT64 = TORCH < (2, 14)
 
 COUNTS_RECOMPILES_TOGETHER = TORCH < (2, 13)
 """torch.compile has no ``isolate_recompiles``."""
+
+LISTS_ATTRIBUTES = TORCH >= (2, 12)
+"""Dynamo can trace ``list(vars(module))``."""

@@ -91,6 +91,34 @@ def require_no_hooks(model: nn.Module) -> None:
             raise ValueError(f"model: {name!r} has a hook, which torch.func would skip")
 
 
+def require_kept(
+    after: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+) -> None:
+    """Raise ValueError if a forward replaced a parameter, or made a buffer.
+
+    Args:
+        after: What stands at the place of each parameter and buffer now.
+        before: What it was called with.
+        buffers: The buffers that there were.
+        new: The buffers that there are.
+    """
+    for name, tensor in before.items():
+        if name not in buffers and after[name] is not tensor:
+            raise ValueError(
+                f"the forward of the model replaced {name!r}, so that it would not be trained; "
+                "compute with another tensor instead of assigning one"
+            )
+    for name in new:
+        if name not in buffers:
+            raise ValueError(
+                f"the forward of the model made a buffer {name!r} that was none before, or was "
+                "tied; run the model once before train_step, and write tied buffers in place"
+            )
+
+
 def require_loss_fn(loss_fn: Any) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of the output and targets, got {loss_fn!r}")

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
 from gcfunc._tensors import trees
+from gcfunc._tensors.calls import functional_call
 from gcfunc._tensors.lists import Tensors, add, compute_dtype
 from gcfunc._tensors.trees import Tree
+from gcfunc._training.attributes import Attributes, put_back
 from gcfunc._training.batches import clip, gather, micro_batches
-from gcfunc._training.objective import Objective, require_loss_fn, require_model, require_no_hooks
+from gcfunc._training.limits import (
+    explain,
+    explain_compiled,
+    require_possible,
+    require_uncompiled,
+)
+from gcfunc._training.objective import (
+    Objective,
+    require_kept,
+    require_loss_fn,
+    require_model,
+    require_no_hooks,
+)
+from gcfunc._training.options import require_options
 
 
 class TrainState(NamedTuple):
@@ -86,12 +99,20 @@ def train_step(
         coasts on its momentum. Autograd gives it ``None`` and torch.optim leaves it alone.
         Freeze it (``requires_grad_(False)``) to have the same here.
 
+    Note:
+        Modules may be shared and tensors tied. What the forward writes to attributes that are not
+        registered, such as activations, is taken back; return it as ``aux``. torch.func takes no
+        ``torch.utils.checkpoint`` and no ``torch.autograd.Function`` without ``setup_context``;
+        torch.compile no BatchNorm with ``momentum=None`` in training, no ``nn.LSTM``, ``GRU`` or
+        ``RNN`` (their cells it does), and no branch on a tensor's value. A step that fails of these
+        raises a ValueError that names the module; under :func:`torch.compile` itself, torch's own.
+
     Raises:
         TypeError: an argument is of the wrong kind, or the model is wrapped by DDP or FSDP, which
             torch.func would skip.
-        ValueError: an argument is out of its bounds, the model has no trainable parameter or one
-            without a shape or with a gradient hook, or ``loss_fn`` has parameters, which nobody
-            would train.
+        ValueError: an argument is out of its bounds, the model has no trainable parameter, or one
+            without a shape, with a gradient hook or with sparse gradients, or ``loss_fn`` has
+            parameters, which nobody would train.
 
     Example:
         >>> import torch, gcfunc
@@ -105,12 +126,13 @@ def train_step(
         ({'weight': tensor([[-1.,  1.]])}, tensor(1.))
     """
     require_model(model)
+    require_possible(model)
     require_loss_fn(loss_fn)
     if not isinstance(opt, Optimizer):
         raise TypeError(
             f"opt must be an optimizer such as gcfunc.sgd(0.1), not yet compiled, got {opt!r}"
         )
-    _require_options(clip_norm, accumulate, autocast)
+    require_options(clip_norm, accumulate, autocast)
     return TrainStep(
         Objective(model, loss_fn, bool(has_aux)),
         opt,
@@ -138,6 +160,7 @@ class TrainStep:
         self._accumulate = accumulate
         self._autocast = autocast
         named = dict(objective.model.named_parameters())
+        self._attributes = Attributes(objective)
         self._all_names = [*named]
         self._names = [name for name, p in named.items() if p.requires_grad]
         self.device_type = named[self._names[0]].device.type
@@ -174,8 +197,9 @@ class TrainStep:
         Raises:
             TypeError: ``train`` is no :class:`TrainState`, ``loss_fn`` returned something of the
                 wrong kind, or ``accumulate`` meets something that it cannot cut up.
-            ValueError: ``train`` does not match the model, the loss is no 0-d tensor, or a tensor's
-                dimension 0 cannot be cut into ``accumulate`` equal parts.
+            ValueError: ``train`` does not match the model, the loss is no 0-d tensor, a tensor's
+                dimension 0 cannot be cut into ``accumulate`` equal parts, or the forward does what
+                torch.func or torch.compile cannot take, see :func:`gcfunc.train_step`.
         """
         self.require_own(train)
         grads, buffers, results = self.gradients(train.params, train.buffers, inputs, targets)
@@ -215,9 +239,14 @@ class TrainStep:
         sums: Tensors = []
         losses: list[Tensor] = []
         auxes: list[Tree] = []
+        gradient = grad_and_value(self._loss, has_aux=True)
         for batch in micro_batches(inputs, targets, self._accumulate):
-            gradient = grad_and_value(self._loss, has_aux=True)
-            grads, (loss, (aux, buffers)) = gradient(params, buffers, batch)
+            try:
+                grads, (loss, (aux, buffers)) = gradient(params, buffers, batch)
+            except Exception as error:
+                if not torch.compiler.is_compiling():
+                    explain(self._objective, error)
+                raise
             # Summed and clipped wide, and rounded once.
             gs = [grads[name].to(compute_dtype(p.dtype)) for name, p in params.items()]
             sums = add(sums, gs) if sums else gs
@@ -229,6 +258,19 @@ class TrainStep:
         loss = torch.stack(losses).sum()
         return clipped, buffers, (loss, gather(auxes)) if self._objective.has_aux else (loss,)
 
+    def require_compilable(self) -> None:
+        """Raise ValueError for a model of which it is plain that it cannot be compiled."""
+        require_uncompiled(self._objective)
+
+    def explain(
+        self, error: Exception, train: TrainState, inputs: Any, targets: tuple[Any, ...]
+    ) -> None:
+        """Raise an error of ours for what failed compiled, in torch's words, if there is one."""
+        self.require_own(train)
+        self.opt.prepare(train.params, train.params, train.state)
+        self.gradients(train.params, train.buffers, inputs, targets)
+        explain_compiled(self._objective, error)
+
     def _loss(
         self, params: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Any, Any]
     ) -> tuple[Tensor, tuple[Tree, dict[str, Tensor]]]:
@@ -239,26 +281,16 @@ class TrainStep:
         }
         # The forward may write buffers in place.
         own = params | constants | {name: b.clone() for name, b in buffers.items()}
-        with (
-            torch.autocast(self.device_type, self._autocast)
-            if self._autocast
-            else contextlib.nullcontext()
-        ):
-            loss, aux, buffers = functional_call(
-                self._objective, {f"model.{name}": t for name, t in own.items()}, batch
-            )
-        return loss / self._accumulate, (aux, buffers)
-
-
-def _require_options(clip_norm: Any, accumulate: Any, autocast: Any) -> None:
-    if clip_norm is not None:
-        if isinstance(clip_norm, bool) or not isinstance(clip_norm, Real):
-            raise TypeError(f"clip_norm must be None or a number, got {clip_norm!r}")
-        if not 0 < float(clip_norm) < math.inf:
-            raise ValueError(f"clip_norm must be a finite number > 0, got {clip_norm}")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-        raise TypeError(f"accumulate must be an integer, got {accumulate!r}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+        given = {f"model.{name}": t for name, t in own.items()}
+        held = self._attributes.read()
+        try:
+            with (
+                torch.autocast(self.device_type, self._autocast)
+                if self._autocast
+                else contextlib.nullcontext()
+            ):
+                loss, aux, new = functional_call(self._objective, given, batch)
+        finally:
+            put_back(held)
+        require_kept({name: given[f"model.{name}"] for name in own}, own, buffers, new)
+        return loss / self._accumulate, (aux, new)

@@ -34,7 +34,7 @@ class Functional:
         """Replace weights and state by those after a step."""
 
         def mean_loss(params: Params) -> Tensor:
-            logits = torch.func.functional_call(self._model, params, images)
+            logits = gcfunc.functional_call(self._model, params, images)
             return F.cross_entropy(logits, labels, reduction="sum") / of
 
         grads, loss = torch.func.grad_and_value(mean_loss)(self._params)
@@ -47,7 +47,7 @@ class Functional:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits."""
-        logits: Tensor = torch.func.functional_call(self._model, self._params, images)
+        logits: Tensor = gcfunc.functional_call(self._model, self._params, images)
         return logits
 
     def params(self) -> Params:
