@@ -8,6 +8,7 @@ import torch
 
 from gcfunc._compiled.graph import compile_apart, compile_options
 from gcfunc._compiled.planned import Planned
+from gcfunc._compiled.threads import dispatched
 from gcfunc._compiled.train_step import CompiledTrainStep, DonatedTrainStep
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State, require_scalars, require_state
@@ -89,7 +90,7 @@ class Compiled:
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         self._opt = opt
         self._kwargs = kwargs
-        self._step = compile_apart(opt.step, kwargs)
+        self._step = dispatched(compile_apart(opt.step, kwargs), kwargs)
 
     def init(self, params: Tree) -> State:
         """As :meth:`gcfunc.Optimizer.init`."""

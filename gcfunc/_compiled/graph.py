@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from gcfunc._compiled.threads import compiling, dispatched
 from gcfunc._step.bucket import Bucket
 from gcfunc._tensors.versions import COUNTS_RECOMPILES_TOGETHER
 
@@ -79,20 +80,26 @@ class Graph:
             only = {"guard_filter_fn": _about_gradients}
             kwargs |= {"options": kwargs["options"] | only}
         self._compiled: Any = compile_apart(function, kwargs)
+        self._called = dispatched(self._compiled, kwargs)
         self._ahead = ahead
         self.variants: list[Any] = []
 
     def ready(self, arguments: tuple[Any, ...]) -> Any:
         """The function compiled for such arguments; nothing is written."""
         if not self._ahead:
-            return self._compiled  # torch.compile traces it when it is called
-        for variant in self.variants:
-            if variant.guard_check(*arguments):
-                return variant
-        variant = self._compiled.aot_compile((arguments, {}))
-        variant.disable_guard_check()  # just done, and a third of the price of a call
-        self.variants.append(variant)
-        return variant
+            return self._called  # torch.compile traces it when it is called
+        found = self._variant_for(arguments)
+        if found is None:
+            with compiling():
+                found = self._variant_for(arguments)  # another thread may have compiled it
+                if found is None:
+                    found = self._compiled.aot_compile((arguments, {}))
+                    found.disable_guard_check()  # just done, and a third of the price of a call
+                    self.variants.append(found)
+        return found
+
+    def _variant_for(self, arguments: tuple[Any, ...]) -> Any:
+        return next((v for v in self.variants if v.guard_check(*arguments)), None)
 
 
 def compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:

@@ -94,7 +94,8 @@ class Planned:
         if substep.key not in self.graphs:
             # Dynamo would take a second model's sizes for the first one's changing.
             kwargs = self._kwargs | {"dynamic": False}
-            self.graphs[substep.key] = Graph(substep.update(), kwargs, ahead=ahead)
+            own = Graph(substep.update(), kwargs, ahead=ahead)
+            self.graphs.setdefault(substep.key, own)  # unless another thread was first
         return self.graphs[substep.key]
 
     def _call(

@@ -11,6 +11,7 @@ from torch import Tensor
 from gcfunc._compiled.graph import Graph, compile_apart
 from gcfunc._compiled.planned import Planned
 from gcfunc._compiled.substep import Differentiate, SubStep
+from gcfunc._compiled.threads import dispatched
 from gcfunc._compiled.views import as_vector
 from gcfunc._step.bucket import Bucket
 from gcfunc._step.state import require_scalars, require_state
@@ -35,7 +36,7 @@ class CompiledTrainStep:
             kwargs = kwargs | {"options": CPU_OPTIONS | kwargs["options"]}
         self._train_step = train_step
         self._kwargs = kwargs
-        self._step = compile_apart(train_step.step, kwargs)
+        self._step = dispatched(compile_apart(train_step.step, kwargs), kwargs)
 
     def init(self) -> TrainState:
         """As ``init`` of :func:`gcfunc.train_step`."""
@@ -108,7 +109,7 @@ class _PlannedTraining(Planned):
         key = substep.key, *flat.names, *((name, b.shape) for name, b in besides.items())
         if key not in self.graphs:
             step = substep.update_after(_differentiate(self._train_step, besides))
-            self.graphs[key] = Graph(step, self._kwargs, ahead=ahead)
+            self.graphs.setdefault(key, Graph(step, self._kwargs, ahead=ahead))
         return self.graphs[key]
 
 

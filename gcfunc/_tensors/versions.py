@@ -14,3 +14,9 @@ LOSES_0D_FLOAT64 = TORCH < (2, 14)
 
 COUNTS_RECOMPILES_TOGETHER = TORCH < (2, 13)
 """torch.compile has no ``isolate_recompiles``."""
+
+TRACES_THREADS_TOGETHER = TORCH < (2, 14)
+"""While one thread compiles, torch refuses calls of compiled functions in all others."""
+
+CONFIGURES_THREADS_TOGETHER = TORCH < (2, 12)
+"""torch's configuration is patched for all threads at once."""
