@@ -56,8 +56,16 @@ def compile(  # noqa: A001
     Returns:
         An object with the same ``init`` and ``step``. A changed hyperparameter does not compile
         again. Params of other shapes do, and so does another pattern of missing gradients or
-        another layout of them: once each if donated, and up to torch's limit of 8 if not. A donated
-        step keeps the tensors of its latest call alive.
+        another layout of them. A donated step compiles in 32 steps at most; for what those have
+        not compiled it warns once and goes on uncompiled, in place. A pure step makes symbols of
+        sizes that change, and is an error past torch's limit of 8 graphs; a training step is so
+        for its inputs. A donated step keeps the tensors of its latest call alive.
+
+    Note:
+        Threads may step at the same time, one function or several. One compiles at a time, and
+        steps that are compiled do not wait for it (below torch 2.14 some do). Of a
+        ``torch.compile`` of your own, torch makes as many graphs as threads enter it first: call
+        it once before they start.
 
     Raises:
         TypeError: ``opt`` is no optimizer of this library, or compiled already.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcfunc._compiled.graph import Graph, compile_apart
+from gcfunc._compiled.graph import Graph, Graphs, compile_apart
 from gcfunc._compiled.planned import Planned
 from gcfunc._compiled.substep import Differentiate, SubStep
 from gcfunc._compiled.threads import dispatched
@@ -77,7 +78,8 @@ class _PlannedTraining(Planned):
     """Steps in place of which each makes its own gradients, and writes the buffers too."""
 
     def __init__(self, train_step: TrainStep, kwargs: dict[str, Any]) -> None:
-        super().__init__(train_step.opt, kwargs)
+        # A model keeps its shapes, and its inputs' are Dynamo's to count.
+        super().__init__(train_step.opt, kwargs, Graphs(sys.maxsize))
         self._train_step = train_step
 
     def train(self, train: TrainState, inputs: Any, targets: Any) -> tuple[Any, ...]:
