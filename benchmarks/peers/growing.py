@@ -127,13 +127,14 @@ def main() -> None:
     sizes = f"--sizes={args.sizes}", f"--points={args.points}", f"--steps={args.steps}"
     if args.one:
         warnings.simplefilter("ignore")
-        print(json.dumps(curve(args.one, args.sizes, args.points, args.steps)))
+        print(json.dumps({"curve": curve(args.one, args.sizes, args.points, args.steps)}))
         return
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
     marks = sorted({0, args.sizes // 6, args.sizes // 5, args.sizes // 2, args.sizes - 1})
     for candidate in args.candidates:
         (found,) = processes.run("benchmarks.peers.growing", *sizes, "--one", candidate)
+        found = found["curve"]
         rows.append({"candidate": candidate, "curve": found})
         for i in marks:
             near = found[max(0, i - 5) : i + 6]
