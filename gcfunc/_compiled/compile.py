@@ -8,7 +8,9 @@ import torch
 
 from gcfunc._compiled.graph import compile_apart, compile_options
 from gcfunc._compiled.planned import Planned
+from gcfunc._compiled.threads import Dispatched
 from gcfunc._compiled.train_step import CompiledTrainStep, DonatedTrainStep
+from gcfunc._step import history
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State, require_scalars, require_state
 from gcfunc._tensors import trees
@@ -55,8 +57,16 @@ def compile(  # noqa: A001
     Returns:
         An object with the same ``init`` and ``step``. A changed hyperparameter does not compile
         again. Params of other shapes do, and so does another pattern of missing gradients or
-        another layout of them: once each if donated, and up to torch's limit of 8 if not. A donated
-        step keeps the tensors of its latest call alive.
+        another layout of them. A donated step compiles in 32 steps at most; for what those have
+        not compiled it warns once and goes on uncompiled, in place. A pure step makes symbols of
+        sizes that change, and is an error past torch's limit of 8 graphs; a training step is so
+        for its inputs. A donated step keeps the tensors of its latest call alive.
+
+    Note:
+        Threads may step at the same time, one function or several. One compiles at a time, and
+        steps that are compiled do not wait for it (below torch 2.14 some do). Of a
+        ``torch.compile`` of your own, torch makes as many graphs as threads enter it first: call
+        it once before they start.
 
     Raises:
         TypeError: ``opt`` is no optimizer of this library, or compiled already.
@@ -89,7 +99,7 @@ class Compiled:
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         self._opt = opt
         self._kwargs = kwargs
-        self._step = compile_apart(opt.step, kwargs)
+        self._step = Dispatched(compile_apart(opt.step, kwargs), kwargs)
 
     def init(self, params: Tree) -> State:
         """As :meth:`gcfunc.Optimizer.init`."""
@@ -97,7 +107,9 @@ class Compiled:
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
         """As :meth:`gcfunc.Optimizer.step`."""
-        return self._step(params, grads, state)
+        new, new_state = self._step(params, grads, state)
+        history.follow_trees((params, grads, state), (new, new_state))
+        return new, new_state
 
     def __repr__(self) -> str:
         return f"compile({self._opt!r})"

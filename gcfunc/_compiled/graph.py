@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from gcfunc._compiled.threads import Dispatched, compiling
 from gcfunc._step.bucket import Bucket
 from gcfunc._tensors.versions import COUNTS_RECOMPILES_TOGETHER
 
@@ -69,6 +71,10 @@ def _with_own_code(function: Any) -> Any:
     return copy if plain is function else MethodType(copy, function.__self__)
 
 
+MOST_COMPILATIONS = 32
+"""In how many steps an optimizer compiles; what none of them has compiled is stepped as it is."""
+
+
 class Graph:
     """A function that updates in place, compiled for each layout that its gradients come in."""
 
@@ -79,20 +85,58 @@ class Graph:
             only = {"guard_filter_fn": _about_gradients}
             kwargs |= {"options": kwargs["options"] | only}
         self._compiled: Any = compile_apart(function, kwargs)
+        self._called = Dispatched(self._compiled, kwargs)
         self._ahead = ahead
         self.variants: list[Any] = []
 
-    def ready(self, arguments: tuple[Any, ...]) -> Any:
-        """The function compiled for such arguments; nothing is written."""
+    def compiled_for(self, arguments: tuple[Any, ...], *, again: bool = False) -> Any:
+        """The function compiled for such arguments, or ``None``; ``again`` if it was called so."""
         if not self._ahead:
-            return self._compiled  # torch.compile traces it when it is called
-        for variant in self.variants:
-            if variant.guard_check(*arguments):
-                return variant
-        variant = self._compiled.aot_compile((arguments, {}))
-        variant.disable_guard_check()  # just done, and a third of the price of a call
-        self.variants.append(variant)
-        return variant
+            return self._called.again if again else self._called if self.variants else None
+        return next((v for v in self.variants if v.guard_check(*arguments)), None)
+
+    def compile_for(self, arguments: tuple[Any, ...]) -> Any:
+        """The function compiled for such arguments, now if need be; nothing is written."""
+        if not self._ahead:
+            self.variants[:] = [self._called]  # torch.compile traces it when it is called
+        found = self.compiled_for(arguments)
+        if found is None:
+            with compiling():
+                found = self.compiled_for(arguments)  # another thread may have compiled it
+                if found is None:
+                    found = self._compiled.aot_compile((arguments, {}))
+                    found.disable_guard_check()  # just done, and a third of the price of a call
+                    self.variants.append(found)
+        return found
+
+
+class Graphs(dict[Any, Graph]):
+    """Compiled graphs by what they are for, of which there is a bound.
+
+    Torch never gives back all that a compilation took, so that graphs nobody needs any more cannot
+    be exchanged for others.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self._most = self._left = MOST_COMPILATIONS if most is None else most
+
+    def may_grow(self) -> bool:
+        """Whether there may be more; says once that there may not."""
+        if self._left == 0:
+            self._left = -1
+            warnings.warn(
+                f"an optimizer compiles for {self._most} sets of shapes at most; steps of "
+                "others are not compiled from here on. Keep tensors that grow at a padded "
+                "capacity, give each model an optimizer of its own, or do not compile "
+                "(compile=False)",
+                stacklevel=2,
+            )
+        return self._left > 0
+
+    def grew(self) -> None:
+        """Note that a step had to compile."""
+        self._left -= self._left > 0
 
 
 def compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:

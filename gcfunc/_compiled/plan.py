@@ -26,6 +26,9 @@ class Plan:
     of one.
     """
 
+    was_called = False
+    """Whether a step of this plan has ended."""
+
     def __init__(
         self,
         buckets: list[Bucket],

@@ -9,6 +9,8 @@ Three caches lie behind one another, from the cheapest to ask to the dearest to 
    the tensors. A plan compiles only what none has compiled before. Several ``Planned`` may share
    them, as the parameter groups of one ``torch.optim.Optimizer`` do.
 3. Within a graph, code for each layout of the gradients, which Dynamo's guards tell apart.
+
+The last two are bounded: see :class:`gcfunc._compiled.graph.Graphs`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from gcfunc._centralization.formula import Units
-from gcfunc._compiled.graph import Graph, compiles_ahead
+from gcfunc._compiled.eager import step_eagerly
+from gcfunc._compiled.graph import Graph, Graphs, compiles_ahead
 from gcfunc._compiled.plan import Plan
 from gcfunc._compiled.substep import SubStep
 from gcfunc._step.bucket import Bucket
@@ -29,8 +32,11 @@ from gcfunc._step.state import State
 from gcfunc._tensors.check import require_tensors
 from gcfunc._tensors.trees import FlatTree
 
-Graphs = dict[Any, Graph]
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class _UncompiledError(Exception):
+    """There is no compiled graph for a step, and may be none."""
 
 
 class Planned:
@@ -52,7 +58,7 @@ class Planned:
     ) -> None:
         self._opt = opt
         self._kwargs = kwargs
-        self.graphs: Graphs = {} if graphs is None else graphs
+        self.graphs = Graphs() if graphs is None else graphs
         self._units = units
         self._serving: tuple[Plan, list[Graph]] | None = None
 
@@ -61,6 +67,8 @@ class Planned:
         plan, graphs = self._plan_for(flat, gs, state)
         try:
             self._call(plan, graphs, gs, state)
+        except _UncompiledError:
+            step_eagerly(self._opt, self._units, flat, gs, state)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
             self._opt.buckets(flat, gs, state, self._units)
@@ -82,7 +90,9 @@ class Planned:
             ahead = self._compiles_ahead(buckets)
             plan = Plan(buckets, flat, gs, state, split=ahead, besides=written)
             own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]
-            serving = self._serving = plan, own
+            # Too many already: the plan is for nothing but to recognize the tensors.
+            graphs = [graph for graph in own if graph is not None]
+            serving = self._serving = plan, graphs
         return serving
 
     def _compiles_ahead(self, buckets: Sequence[Bucket]) -> bool:
@@ -90,11 +100,14 @@ class Planned:
 
     def _graph_for(
         self, substep: SubStep, flat: FlatTree, besides: Mapping[str, Tensor], ahead: bool
-    ) -> Graph:
+    ) -> Graph | None:
         if substep.key not in self.graphs:
+            if not self.graphs.may_grow():
+                return None
             # Dynamo would take a second model's sizes for the first one's changing.
             kwargs = self._kwargs | {"dynamic": False}
-            self.graphs[substep.key] = Graph(substep.update(), kwargs, ahead=ahead)
+            own = Graph(substep.update(), kwargs, ahead=ahead)
+            self.graphs.setdefault(substep.key, own)  # unless another thread was first
         return self.graphs[substep.key]
 
     def _call(
@@ -106,12 +119,23 @@ class Planned:
         *more: Any,
     ) -> list[Any]:
         """Call each substep's graph, with ``more`` after its own arguments, and count."""
+        if len(graphs) < len(plan.substeps):
+            raise _UncompiledError
         count = state.step + 1
         arguments: Sequence[tuple[Any, ...]] = plan.arguments(gs, count, state)
         if more:
             arguments = [(*own, *more) for own in arguments]
         # All are compiled before the first one writes.
-        calls = [graph.ready(own) for graph, own in zip(graphs, arguments, strict=True)]
+        calls = [
+            graph.compiled_for(own, again=plan.was_called)
+            for graph, own in zip(graphs, arguments, strict=True)
+        ]
+        if None in calls:
+            if not self.graphs.may_grow():
+                raise _UncompiledError
+            self.graphs.grew()
+            calls = [graph.compile_for(own) for graph, own in zip(graphs, arguments, strict=True)]
         results = [call(*own) for call, own in zip(calls, arguments, strict=True)]
         state.step.copy_(count)
+        plan.was_called = True
         return results

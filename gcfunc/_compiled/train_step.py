@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcfunc._compiled.graph import Graph, compile_apart
+from gcfunc._compiled.graph import Graph, Graphs, compile_apart
 from gcfunc._compiled.planned import Planned
 from gcfunc._compiled.substep import Differentiate, SubStep
+from gcfunc._compiled.threads import Dispatched
 from gcfunc._compiled.views import as_vector
+from gcfunc._step import history
 from gcfunc._step.bucket import Bucket
 from gcfunc._step.state import require_scalars, require_state
 from gcfunc._tensors import trees
@@ -36,7 +39,7 @@ class CompiledTrainStep:
             kwargs = kwargs | {"options": CPU_OPTIONS | kwargs["options"]}
         self._train_step = train_step
         self._kwargs = kwargs
-        self._step = compile_apart(train_step.step, kwargs)
+        self._step = Dispatched(compile_apart(train_step.step, kwargs), kwargs)
 
     def init(self) -> TrainState:
         """As ``init`` of :func:`gcfunc.train_step`."""
@@ -45,10 +48,13 @@ class CompiledTrainStep:
     def step(self, train: TrainState, inputs: Any, *targets: Any) -> tuple[Any, ...]:
         """As ``step`` of :func:`gcfunc.train_step`."""
         try:
-            return self._step(train, inputs, *targets)
+            new, *results = self._step(train, inputs, *targets)
         except Exception as error:
             self._train_step.explain(error, train, inputs, targets)
             raise
+        # Its gradients are made of its params, so that they require grad if these do.
+        history.follow_trees((train.params, train.params, train.state), (new.params, new.state))
+        return new, *results
 
     def __call__(self, train: TrainState, inputs: Any, *targets: Any) -> tuple[Any, ...]:
         """Short for :meth:`step`."""
@@ -81,7 +87,8 @@ class _PlannedTraining(Planned):
     """Steps in place of which each makes its own gradients, and writes the buffers too."""
 
     def __init__(self, train_step: TrainStep, kwargs: dict[str, Any]) -> None:
-        super().__init__(train_step.opt, kwargs)
+        # A model keeps its shapes, and its inputs' are Dynamo's to count.
+        super().__init__(train_step.opt, kwargs, Graphs(sys.maxsize))
         self._train_step = train_step
 
     def train(self, train: TrainState, inputs: Any, targets: Any) -> tuple[Any, ...]:
@@ -111,7 +118,7 @@ class _PlannedTraining(Planned):
         key = substep.key, *flat.names, *((name, b.shape) for name, b in besides.items())
         if key not in self.graphs:
             step = substep.update_after(_differentiate(self._train_step, besides))
-            self.graphs[key] = Graph(step, self._kwargs, ahead=ahead)
+            self.graphs.setdefault(key, Graph(step, self._kwargs, ahead=ahead))
         return self.graphs[key]
 
 

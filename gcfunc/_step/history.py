@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gcfunc._step.state import State, tensors
+from gcfunc._tensors import trees
 from gcfunc._tensors.lists import unbatched, under_grad
+from gcfunc._tensors.trees import Tree
 
 FIRST_ORDER = 20
 """So many steps in a row are taken for meta-learning if nothing but params requires grad.
@@ -61,6 +63,15 @@ def follow(
         told = True
     for node in made:
         _notes(node)[_MARK] = steps, told
+
+
+def follow_trees(given: tuple[Tree, Tree, State], made: tuple[Tree, State]) -> None:
+    """:func:`follow` of a step that was compiled, from outside of it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        params, grads, state = given
+        new, new_state = made
+        lists = [trees.leaves_of(tree) for tree in (params, grads, new)]
+        follow(lists[0], lists[1], state, lists[2], new_state)
 
 
 def _before(given: Iterable[Tensor]) -> tuple[int, bool]:

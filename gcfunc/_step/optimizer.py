@@ -72,7 +72,7 @@ class Optimizer(Grouped):
         before, and memory grows without end. A ``UserWarning`` says so once, in the line that calls
         ``step``, after 20 such steps in a row, or 100 if gradients or hyperparameters require grad
         too, as they do where one learns through steps. It never does inside of
-        :func:`torch.func.grad`, nor in compiled code.
+        :func:`torch.func.grad`, nor in a ``torch.compile`` of your own.
 
         Args:
             params: As given to :meth:`init`.

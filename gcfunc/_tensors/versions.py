@@ -17,3 +17,9 @@ COUNTS_RECOMPILES_TOGETHER = TORCH < (2, 13)
 
 LISTS_ATTRIBUTES = TORCH >= (2, 12)
 """Dynamo can trace ``list(vars(module))``."""
+
+TRACES_THREADS_TOGETHER = TORCH < (2, 14)
+"""While one thread compiles, torch refuses calls of compiled functions in all others."""
+
+CONFIGURES_THREADS_TOGETHER = TORCH < (2, 12)
+"""torch's configuration is patched for all threads at once."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gcfunc._centralization.where import GC, as_gc
-from gcfunc._compiled.planned import Graphs
+from gcfunc._compiled.graph import Graphs
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._tensors import trees
 from gcfunc.optim.groups import (
@@ -127,7 +127,7 @@ class DropIn(torch.optim.Optimizer):
         gc = gc and GC(at=gc.at)
         key = self._made_of(group), gc
         if key not in self._functionals:
-            self._functionals[key] = self._functional(group, gc), {}
+            self._functionals[key] = self._functional(group, gc), Graphs()
         return self._functionals[key]
 
     def _hyperparam(self, group: Group, name: str, step: int) -> Any:

@@ -1,41 +1,23 @@
 """A functional optimizer's step in place: eager, compiled, or compiled with a way back."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gcfunc._centralization.formula import Units
-from gcfunc._compiled.graph import compile_options, require_torch_compile
-from gcfunc._compiled.planned import Graphs, Planned
-from gcfunc._step.optimizer import Optimizer, stepped
-from gcfunc._step.state import State, slot_tensors
-from gcfunc._tensors import sharding
-from gcfunc._tensors.check import require_tensors
+from gcfunc._compiled.eager import Answers, Step, step_eagerly
+from gcfunc._compiled.graph import Graphs, compile_options, require_torch_compile
+from gcfunc._compiled.planned import Planned
+from gcfunc._step.optimizer import Optimizer
+from gcfunc._step.state import State
 from gcfunc._tensors.trees import FlatTree
-
-Step = Callable[[FlatTree, Sequence[Tensor], State], None]
-"""A step in place, on trees that were taken apart."""
-Answers = Sequence[Units | None]
-"""What ``where`` says of each leaf."""
 
 
 def eager(opt: Optimizer, units: Answers) -> Step:
-    """The functional step, its results copied over what they were made from."""
-
-    def step(flat: FlatTree, grads: Sequence[Tensor], state: State) -> None:
-        require_tensors(flat.names, flat.leaves, "params")
-        buckets = opt.buckets(flat, grads, state, units)
-        new, new_state = stepped(flat, grads, state, buckets)
-        old = [*flat.leaves, *slot_tensors(state)]
-        torch._foreach_copy_(
-            [sharding.local(t) for t in old],
-            [sharding.local(t) for t in (*new, *slot_tensors(new_state))],
-        )
-        state.step.copy_(new_state.step)
-
-    return step
+    """The functional step in place, as it is."""
+    return partial(step_eagerly, opt, units)
 
 
 def compiled(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gcfunc._centralization.formula import Units
-from gcfunc._compiled.planned import Graphs
+from gcfunc._compiled.graph import Graphs
 from gcfunc._step.hyperparams import of_numpy
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State

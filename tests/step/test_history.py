@@ -36,7 +36,7 @@ def trained() -> Params:
     return {name: p.requires_grad_() for name, p in make_params().items()}
 
 
-def forgets(opt: Optimizer, params: Any, steps: int) -> Any:
+def forgets(opt: Any, params: Any, steps: int) -> Any:
     """Gradients without history, params with it."""
     state = opt.init(params)
     for t in range(steps):
@@ -72,6 +72,23 @@ def test_a_loop_that_forgets_is_told_once(name: str, packed: bool) -> None:
             detached, state = opt.step(detached, grads, state)
     detached = gcfunc.unpack(detached) if packed else detached
     assert largest_difference(recorded, detached) < 1e-9
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_steps_that_stay_pure_are_followed() -> None:
+    opt = gcfunc.sgd(0.1, 0.9, gc="gc")
+    with telling(FEW):
+        compiled = forgets(
+            gcfunc.compile(opt, donate=False, backend="aot_eager"), trained(), FEW + 5
+        )
+    with warnings.catch_warnings(action="ignore"):
+        assert largest_difference(compiled, forgets(opt, trained(), FEW + 5)) < 1e-9
+        assert largest_difference(compiled, forgets(gcfunc.sgd(0.1, 0.9), trained(), 25)) > 1e-6
+    with warnings.catch_warnings(action="error"), torch.no_grad():
+        step = gcfunc.train_step(nn.Linear(3, 2), nn.functional.mse_loss, opt)
+        fitted, train = gcfunc.compile(step, donate=False, backend="aot_eager"), step.init()
+        for _ in range(FEW + 5):
+            train, _ = fitted.step(train, torch.ones(4, 3), torch.ones(4, 2))
 
 
 def by_func(opt: Optimizer, params: Params, steps: int) -> None:

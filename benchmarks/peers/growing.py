@@ -1,0 +1,153 @@
+"""Resident memory and time of a step while a model grows, as in Gaussian splatting.
+
+Each figure is a process of its own, in which the candidate and torch's foreach step, without GC,
+take turns at each size. Sizes are new each time, so that a graph is compiled for each of the first.
+
+    python -m benchmarks.peers.growing --sizes 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gcfunc
+from benchmarks.harness import measure, processes
+from benchmarks.harness.footprint import status
+
+WIDTHS = (3, 4, 3, 1, 48)
+"""Of what each point of a splat has: place, rotation, scale, opacity, color."""
+Step = Callable[[], Any]
+
+
+def by_class(of: Any, **options: Any) -> Callable[[list[Tensor]], Step]:
+    """A drop-in or torch's own class."""
+
+    def make(params: list[Tensor]) -> Step:
+        step: Step = of(params, lr=1e-3, **options).step
+        return step
+
+    return make
+
+
+def donated() -> Callable[[list[Tensor]], Step]:
+    """One compiled optimizer for all sizes."""
+    opt = gcfunc.compile(gcfunc.adam(1e-3, gc="gc"))
+
+    def make(params: list[Tensor]) -> Step:
+        tree = {f"{i}": p.detach() for i, p in enumerate(params)}
+        grads = {f"{i}": p.grad for i, p in enumerate(params)}
+        state = opt.init(tree)
+        return lambda: opt.step(tree, grads, state)
+
+    return make
+
+
+def eager() -> Callable[[list[Tensor]], Step]:
+    """The drop-in, never compiled."""
+    return by_class(gcfunc.optim.Adam, gc="gc", compile=False)
+
+
+def drop_in() -> Callable[[list[Tensor]], Step]:
+    """One drop-in for all sizes, whose group gets other parameters."""
+    optimizer: list[Any] = []
+
+    def make(params: list[Tensor]) -> Step:
+        if not optimizer:
+            optimizer.append(gcfunc.optim.Adam(params, lr=1e-3, gc="gc", compile=True))
+        (own,) = optimizer
+        own.state.clear()
+        own.param_groups[0]["params"] = params
+        step: Step = own.step
+        return step
+
+    return make
+
+
+def torch_foreach() -> Callable[[list[Tensor]], Step]:
+    """torch's own, for comparison with itself."""
+    return by_class(torch.optim.Adam, foreach=True)
+
+
+CANDIDATES = {"drop-in": drop_in, "donated": donated, "eager": eager, "torch": torch_foreach}
+
+
+def parameters(points: int) -> list[Tensor]:
+    """A splat's, with gradients."""
+    made = [torch.zeros(points, width, requires_grad=True) for width in WIDTHS]
+    for p in made:
+        p.grad = torch.ones_like(p)
+    return made
+
+
+def curve(candidate: str, sizes: int, points: int, steps: int) -> list[dict[str, float]]:
+    """For each size, resident bytes, seconds of its first step, and of a later step to torch's."""
+    make, baseline = CANDIDATES[candidate](), torch_foreach()
+    rows = []
+    for i in range(sizes):
+        n = points + 7 * i
+        step, other = make(parameters(n)), baseline(parameters(n))
+        first = measured(step)
+        other()
+        pairs = [(measured(step), measured(other)) for _ in range(steps)]
+        del step, other
+        gc.collect()
+        own, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+        rows.append(
+            {"resident": status("VmRSS"), "first": first, "step": own, "ratio": own / theirs}
+        )
+    return rows
+
+
+def measured(step: Step) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, default=200)
+    parser.add_argument("--points", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument("--one", choices=CANDIDATES)
+    args = parser.parse_args()
+    sizes = f"--sizes={args.sizes}", f"--points={args.points}", f"--steps={args.steps}"
+    if args.one:
+        warnings.simplefilter("ignore")
+        print(json.dumps({"curve": curve(args.one, args.sizes, args.points, args.steps)}))
+        return
+    rows: list[dict[str, Any]] = []
+    lines: list[list[object]] = []
+    marks = sorted({0, args.sizes // 6, args.sizes // 5, args.sizes // 2, args.sizes - 1})
+    for candidate in args.candidates:
+        (found,) = processes.run("benchmarks.peers.growing", *sizes, "--one", candidate)
+        found = found["curve"]
+        rows.append({"candidate": candidate, "curve": found})
+        for i in marks:
+            near = found[max(0, i - 5) : i + 6]
+            resident = f"{found[i]['resident'] / 1e6:.0f} MB"
+            first, own, ratio = (
+                statistics.median(row[what] for row in near) for what in ("first", "step", "ratio")
+            )
+            line = [candidate, i + 1, resident, f"{first * 1e3:.0f} ms", f"{own * 1e3:.2f} ms"]
+            lines.append([*line, f"{ratio:.2f}"])
+            print(*lines[-1], flush=True)
+    head = ["step", "sizes", "resident", "first step", "step", "to torch foreach"]
+    measure.report("peers.growing", measure.table(head, lines), rows, "cpu")
+
+
+if __name__ == "__main__":
+    main()
