@@ -1,7 +1,8 @@
 """Resident memory and time of a step while a model grows, as in Gaussian splatting.
 
-Each figure is a process of its own, in which the candidate and torch's foreach step, without GC,
-take turns at each size. Sizes are new each time, so that a graph is compiled for each of the first.
+Each candidate has a process of its own, in which it takes turns at each size with torch's foreach
+step, without GC, and with gcfunc's eager one. Sizes are new each time, so that a graph is compiled
+for each of the first.
 
     python -m benchmarks.peers.growing --sizes 200
 """
@@ -90,21 +91,22 @@ def parameters(points: int) -> list[Tensor]:
 
 
 def curve(candidate: str, sizes: int, points: int, steps: int) -> list[dict[str, float]]:
-    """For each size, resident bytes, seconds of its first step, and of a later step to torch's."""
-    make, baseline = CANDIDATES[candidate](), torch_foreach()
+    """For each size, resident bytes, seconds of its first step and of later ones, and ratios."""
+    make, others = CANDIDATES[candidate](), {"torch": torch_foreach(), "eager": eager()}
     rows = []
     for i in range(sizes):
         n = points + 7 * i
-        step, other = make(parameters(n)), baseline(parameters(n))
+        step = make(parameters(n))
+        taken = {name: other(parameters(n)) for name, other in others.items()}
         first = measured(step)
-        other()
-        pairs = [(measured(step), measured(other)) for _ in range(steps)]
-        del step, other
+        for other in taken.values():
+            other()
+        times = [[measured(step), *map(measured, taken.values())] for _ in range(steps)]
+        del step, taken, other
         gc.collect()
-        own, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-        rows.append(
-            {"resident": status("VmRSS"), "first": first, "step": own, "ratio": own / theirs}
-        )
+        own, *theirs = (statistics.median(each) for each in zip(*times, strict=True))
+        ratios = {f"to {name}": own / t for name, t in zip(others, theirs, strict=True)}
+        rows.append({"resident": status("VmRSS"), "first": first, "step": own, **ratios})
     return rows
 
 
@@ -139,13 +141,14 @@ def main() -> None:
         for i in marks:
             near = found[max(0, i - 5) : i + 6]
             resident = f"{found[i]['resident'] / 1e6:.0f} MB"
-            first, own, ratio = (
-                statistics.median(row[what] for row in near) for what in ("first", "step", "ratio")
+            first, own, *ratios = (
+                statistics.median(row[what] for row in near)
+                for what in ("first", "step", "to torch", "to eager")
             )
             line = [candidate, i + 1, resident, f"{first * 1e3:.0f} ms", f"{own * 1e3:.2f} ms"]
-            lines.append([*line, f"{ratio:.2f}"])
+            lines.append([*line, *(f"{ratio:.2f}" for ratio in ratios)])
             print(*lines[-1], flush=True)
-    head = ["step", "sizes", "resident", "first step", "step", "to torch foreach"]
+    head = ["step", "sizes", "resident", "first step", "step", "to torch foreach", "to eager"]
     measure.report("peers.growing", measure.table(head, lines), rows, "cpu")
 
 
