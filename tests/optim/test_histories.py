@@ -81,6 +81,13 @@ class History(RuleBasedStateMachine):
     def both(self) -> tuple[Any, Any]:
         return self.ours, self.theirs
 
+    def for_torch(self, grad: Tensor) -> Tensor:
+        return grad.clone() if self.gc is None else centralized(grad)
+
+    def asked(self) -> tuple[Any, Any]:
+        """Which are given groups and checkpoints."""
+        return self.both()
+
     @rule(missing=st.sets(st.integers(0, 8)), times=st.integers(1, 3))
     def step(self, missing: set[int], times: int) -> None:
         for _ in range(times):
@@ -88,7 +95,7 @@ class History(RuleBasedStateMachine):
                 grad = self.numbers(tuple(p.shape))
                 without = i in missing or i in self.frozen
                 p.grad = None if without else grad
-                q.grad = None if without else centralized(grad) if self.gc else grad.clone()
+                q.grad = None if without else self.for_torch(grad)
             for opt in self.both():
                 opt.step()
 
@@ -104,7 +111,7 @@ class History(RuleBasedStateMachine):
     @rule(shape=shapes, lr=values)
     def add_a_group(self, shape: tuple[int, ...], lr: float) -> None:
         new = self.parameter(shape)
-        for opt in self.both():
+        for opt in self.asked():
             opt.add_param_group({"params": [copy.deepcopy(new)], "lr": lr})
 
     @rule(i=st.integers(0, 3), lr=values, as_tensor=st.booleans())
@@ -126,32 +133,32 @@ class History(RuleBasedStateMachine):
 
     @rule()
     def load_into_itself(self) -> None:
-        for opt in self.both():
+        for opt in self.asked():
             opt.load_state_dict(copy.deepcopy(opt.state_dict()))
 
     @rule()
     def load_into_another(self) -> None:
         """Which nothing of the old one can touch any more."""
-        made = []
-        for library, opt in zip((optim, torch.optim), self.both(), strict=True):
-            groups = opt.param_groups
-            new = self.make(library, groups[0]["params"])
-            for group in groups[1:]:
+        before = self.both()
+        self.ours, self.theirs = (
+            self.make(library, opt.param_groups[0]["params"])
+            for library, opt in zip((optim, torch.optim), before, strict=True)
+        )
+        for old, new in zip(before, self.asked(), strict=True):
+            for group in old.param_groups[1:]:
                 new.add_param_group({"params": group["params"]})
-            state = opt.state_dict()
-            new.load_state_dict(state if library is optim else copy.deepcopy(state))
-            made.append(new)
-            for entry in opt.state.values():
+            state = old.state_dict()
+            new.load_state_dict(state if old is before[0] else copy.deepcopy(state))
+            for entry in old.state.values():
                 for t in entry.values():
                     if isinstance(t, Tensor):
                         t.fill_(7.0)
-        self.ours, self.theirs = made
 
     @rule()
     def exchange_checkpoints(self) -> None:
         """Each goes on from what the other one has saved."""
-        saved = [copy.deepcopy(opt.state_dict()) for opt in self.both()]
-        for opt, state in zip(self.both(), reversed(saved), strict=True):
+        saved = [copy.deepcopy(opt.state_dict()) for opt in self.asked()]
+        for opt, state in zip(self.asked(), reversed(saved), strict=True):
             opt.load_state_dict(state)
 
     @rule(by_pickle=st.booleans())
@@ -213,7 +220,17 @@ class CentralizedHistory(History):
     gc = "gc"
 
 
-machines = pytest.mark.parametrize("machine", [History, CentralizedHistory])
+class LookaheadHistory(CentralizedHistory):
+    """Two of which one has its inner optimizer do all but the steps."""
+
+    def make(self, library: Any, params: list[nn.Parameter]) -> Any:
+        return optim.Lookahead(super().make(optim, params), k=2)
+
+    def asked(self) -> tuple[Any, Any]:
+        return self.ours._inner, self.theirs
+
+
+machines = pytest.mark.parametrize("machine", [History, CentralizedHistory, LookaheadHistory])
 
 
 @machines
