@@ -55,7 +55,7 @@ BENCH := env -u OMP_WAIT_POLICY $(BIN)/python
 SUITE := $(BENCH) -m pytest -c benchmarks/gates/pytest.ini benchmarks/gates/test_ratios.py $(OPTIONS)
 
 WHAT ?= ratios
-WHATS := ratios save compare budgets noise peers scaling
+WHATS := ratios save compare budgets noise peers scaling growing
 # Hold every step to its budget, as a ratio to torch: two hours, on a quiet machine.
 bench-ratios := $(SUITE) --benchmark-quiet
 # Measure the same, whatever the budgets are, and keep the run.
@@ -72,8 +72,10 @@ bench-peers := for command in $(PEERS) tables.figures; do \
 	$(BENCH) -m benchmarks.$$command || exit 1; done
 # Plot time and memory over the number and size of tensors: twenty minutes.
 bench-scaling := $(BENCH) -m benchmarks.curves.scaling
+# Print time and memory while a model grows through 200 sizes: five minutes.
+bench-growing := $(BENCH) -m benchmarks.curves.growing
 
-bench: $(if $(bench-$(WHAT)),$(STAMPS)/bench) ## measure speed, with WHAT=ratios (default), save, compare, budgets, noise, peers or scaling
+bench: $(if $(bench-$(WHAT)),$(STAMPS)/bench) ## measure speed, with WHAT=ratios (default), save, compare, budgets, noise, peers, scaling or growing
 	$(or $(bench-$(WHAT)),$(error WHAT=$(WHAT): there are only $(WHATS)))
 
 lint: $(STAMPS)/dev ## check style, format and types

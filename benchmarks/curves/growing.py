@@ -4,7 +4,7 @@ Each candidate has a process of its own, in which it takes turns at each size wi
 step, without GC, and with gcfunc's eager one. Sizes are new each time, so that a graph is compiled
 for each of the first.
 
-    python -m benchmarks.peers.growing --sizes 200
+    python -m benchmarks.curves.growing --sizes 200
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main() -> None:
     lines: list[list[object]] = []
     marks = sorted({0, args.sizes // 6, args.sizes // 5, args.sizes // 2, args.sizes - 1})
     for candidate in args.candidates:
-        (found,) = processes.run("benchmarks.peers.growing", *sizes, "--one", candidate)
+        (found,) = processes.run("benchmarks.curves.growing", *sizes, "--one", candidate)
         found = found["curve"]
         rows.append({"candidate": candidate, "curve": found})
         for i in marks:
@@ -149,7 +149,7 @@ def main() -> None:
             lines.append([*line, *(f"{ratio:.2f}" for ratio in ratios)])
             print(*lines[-1], flush=True)
     head = ["step", "sizes", "resident", "first step", "step", "to torch foreach", "to eager"]
-    measure.report("peers.growing", measure.table(head, lines), rows, "cpu")
+    measure.report("curves.growing", measure.table(head, lines), rows, "cpu")
 
 
 if __name__ == "__main__":
