@@ -12,6 +12,7 @@ def check(machine: type[RuleBasedStateMachine], runs: int, steps: int) -> None:
             max_examples=runs,
             stateful_step_count=steps,
             deadline=None,
+            report_multiple_bugs=False,
             suppress_health_check=[*HealthCheck],
         ),
     )

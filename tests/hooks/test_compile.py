@@ -123,6 +123,8 @@ def test_graph_breaks_are_those_of_the_model(model: Net, plain: dict[str, Tensor
     assert counts[0][1] == 1
 
 
+# Of Dynamo's, for code of Python 3.12.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")
 @pytest.mark.parametrize("order", ["hooks", "compile"])
 def test_compiled_autograd(model: Net, plain: dict[str, Tensor], order: str) -> None:
     with torch._dynamo.config.patch(compiled_autograd=True):
