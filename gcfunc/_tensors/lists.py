@@ -26,6 +26,11 @@ def _transforms() -> list[bool]:
     return [level.key() == torch._C._functorch.TransformType.Vmap for level in stack]
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is active here."""
+    return bool(_transforms())
+
+
 def _under_vmap() -> bool:
     return any(_transforms())
 

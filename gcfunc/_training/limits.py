@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gcfunc._tensors.lists import transformed
+
 
 def require_possible(model: nn.Module) -> None:
     """Raise ValueError for what is known before the first step."""
@@ -54,6 +56,18 @@ def explain(objective: nn.Module, error: Exception) -> None:
     for is_it, why in LIMITS.items():
         if is_it(between, error):
             raise ValueError(f"{_called(*modules[inside])} {why}") from error
+
+
+def enable_saved_tensor_hooks() -> None:
+    """Undo what a trace leaves that failed inside of torch.func.grad, as one of checkpoints does.
+
+    Else whatever hooks saved tensors, checkpoints too, would be refused from then on, also outside
+    of torch.func. By private names: the public ones only disable hooks, for a while.
+    """
+    autograd = torch._C._autograd
+    said = autograd._saved_tensors_hooks_get_disabled_error_message()
+    if (said or "").startswith("torch.func") and not transformed():
+        autograd._saved_tensors_hooks_enable()
 
 
 def explain_compiled(objective: nn.Module, error: Exception) -> None:

@@ -19,6 +19,7 @@ from gcfunc._tensors.trees import Tree
 from gcfunc._training.attributes import Attributes, put_back
 from gcfunc._training.batches import clip, gather, micro_batches
 from gcfunc._training.limits import (
+    enable_saved_tensor_hooks,
     explain,
     explain_compiled,
     require_possible,
@@ -266,6 +267,7 @@ class TrainStep:
         self, error: Exception, train: TrainState, inputs: Any, targets: tuple[Any, ...]
     ) -> None:
         """Raise an error of ours for what failed compiled, in torch's words, if there is one."""
+        enable_saved_tensor_hooks()
         self.require_own(train)
         self.opt.prepare(train.params, train.params, train.state)
         self.gradients(train.params, train.buffers, inputs, targets)

@@ -357,6 +357,10 @@ def test_compiled_checkpoints(mode: str) -> None:
     refused = pytest.raises(ValueError, match=r"runs torch\.utils\.checkpoint")
     with refused if TORCH >= (2, 12) else contextlib.nullcontext():
         assert_trains_right(lambda: Checkpointed(reentrant=False), mode)
+    # A trace that fails leaves them refused everywhere.
+    model = Checkpointed(reentrant=False)
+    model(torch.ones(2, 4)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_compiled_module_is_not_compiled_again() -> None:
