@@ -87,18 +87,19 @@ class Graph:
         self._compiled: Any = compile_apart(function, kwargs)
         self._called = Dispatched(self._compiled, kwargs)
         self._ahead = ahead
+        self._may_compile = False
         self.variants: list[Any] = []
 
     def compiled_for(self, arguments: tuple[Any, ...], *, again: bool = False) -> Any:
         """The function compiled for such arguments, or ``None``; ``again`` if it was called so."""
         if not self._ahead:
-            return self._called.again if again else self._called if self.variants else None
+            return self._called.again if again else self._called if self._may_compile else None
         return next((v for v in self.variants if v.guard_check(*arguments)), None)
 
     def compile_for(self, arguments: tuple[Any, ...]) -> Any:
         """The function compiled for such arguments, now if need be; nothing is written."""
         if not self._ahead:
-            self.variants[:] = [self._called]  # torch.compile traces it when it is called
+            self._may_compile = True  # torch.compile traces it when it is called
         found = self.compiled_for(arguments)
         if found is None:
             with compiling():

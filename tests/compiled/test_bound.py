@@ -112,6 +112,7 @@ def test_layouts_of_gradients_count_too() -> None:
     assert graphs() == 1
 
 
+@pytest.mark.skipif(TORCH < (2, 12), reason="torch 2.11 compiles for each size anew at times")
 def test_pure_steps_take_sizes_that_change_for_symbols() -> None:
     opt = gcfunc.adamw(0.1, gc="gc")
     compiled = gcfunc.compile(opt, donate=False, backend="aot_eager")
