@@ -67,11 +67,12 @@ def follow(
 
 def follow_trees(given: tuple[Tree, Tree, State], made: tuple[Tree, State]) -> None:
     """:func:`follow` of a step that was compiled, from outside of it."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        params, grads, state = given
-        new, new_state = made
-        lists = [trees.leaves_of(tree) for tree in (params, grads, new)]
-        follow(lists[0], lists[1], state, lists[2], new_state)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    (params, grads, state), (new, new_state) = given, made
+    results = trees.leaves_of(new)
+    if any(t.requires_grad for t in results):  # else the other trees are taken apart for nothing
+        follow(trees.leaves_of(params), trees.leaves_of(grads), state, results, new_state)
 
 
 def _before(given: Iterable[Tensor]) -> tuple[int, bool]:
