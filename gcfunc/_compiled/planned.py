@@ -15,6 +15,7 @@ The last two are bounded: see :class:`gcfunc._compiled.graph.Graphs`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -61,18 +62,34 @@ class Planned:
         self.graphs = Graphs() if graphs is None else graphs
         self._units = units
         self._serving: tuple[Plan, list[Graph]] | None = None
+        self._uncompiled: tuple[Sequence[Tensor], list[bool]] | None = None
 
     def step(self, flat: FlatTree, gs: Sequence[Tensor | None], state: State) -> None:
         """One step, under :func:`torch.no_grad`."""
+        if self._is_uncompiled(flat, gs):
+            return step_eagerly(self._opt, self._units, flat, gs, state)
         plan, graphs = self._plan_for(flat, gs, state)
         try:
             self._call(plan, graphs, gs, state)
         except _UncompiledError:
+            if len(graphs) < len(plan.substeps):
+                # Never to be compiled: no plan is needed to know these again.
+                self._uncompiled = flat.leaves, [g is None for g in gs]
             step_eagerly(self._opt, self._units, flat, gs, state)
         except Exception:
             # A trace that failed says so in torch's words; if it was the user's input, in ours.
             self._opt.buckets(flat, gs, state, self._units)
             raise
+
+    def _is_uncompiled(self, flat: FlatTree, gs: Sequence[Tensor | None]) -> bool:
+        """Whether these are the latest tensors for which there are too many graphs already."""
+        known = self._uncompiled
+        return (
+            known is not None
+            and len(known[0]) == len(flat.leaves)
+            and all(map(operator.is_, known[0], flat.leaves))
+            and known[1] == [g is None for g in gs]
+        )
 
     def _plan_for(
         self,
@@ -90,7 +107,7 @@ class Planned:
             ahead = self._compiles_ahead(buckets)
             plan = Plan(buckets, flat, gs, state, split=ahead, besides=written)
             own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]
-            # Too many already: the plan is for nothing but to recognize the tensors.
+            # There may be too many already, and none for some.
             graphs = [graph for graph in own if graph is not None]
             serving = self._serving = plan, graphs
         return serving
