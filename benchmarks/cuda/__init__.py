@@ -1,0 +1,1 @@
+"""What Inductor generates for a CUDA device, counted where there is none."""
