@@ -54,9 +54,9 @@ def why_not() -> str | None:
 def fake_cuda() -> Iterator[None]:
     """Inductor generates code for an H100, from FakeTensors on ``"cuda"``.
 
-    Nothing can run. What was asked of the device is forgotten afterwards; FakeTensors on it must
-    not be used any more. Other threads see the device, too, and what torch keeps of graphs that were
-    compiled so stays, so that a process of its own is the place for this.
+    Nothing can run. Afterwards torch is as it was, and its compiler reset; FakeTensors on the
+    device must not be used any more. While it is there all threads see it, and what modules of
+    torch ask when they are imported they ask once, so a process of its own is the place for it.
     """
     if reason := why_not():
         raise RuntimeError(f"no fake CUDA device: {reason}")
@@ -65,6 +65,8 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(_constants_on_cpu())
         for patch in _answers():
             stack.enter_context(patch)
+        # It would time products of matrices on the device, padded and not.
+        stack.enter_context(torch._inductor.config.patch(shape_padding=False))
         with _nothing_remembered():
             yield
 

@@ -124,7 +124,8 @@ def _read(source: str, inputs: tuple[Tensor, ...]) -> Generated:
     for node in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
         name = ast.unparse(node.func)
         owner, _, method = name.rpartition(".")
-        given = [*node.args, *(k for k in node.keywords if k.arg != "stream")]
+        keywords = [keyword for keyword in node.keywords if keyword.arg != "stream"]
+        given: list[ast.expr | ast.keyword] = [*node.args, *keywords]
         call = Call(name, tuple(map(_text, given)))
         if method == "run" and owner in kernels:
             launches.append(Call(owner, call.arguments))
@@ -199,9 +200,10 @@ def _nbytes(node: ast.Call) -> int:
     """What ``empty_strided_cuda(size, stride, dtype)`` allocates."""
     try:
         size, stride = (ast.literal_eval(argument) for argument in node.args[:2])
-    except ValueError as error:
-        raise RuntimeError(f"a size is not a number: {ast.unparse(node)}") from error
+    except ValueError:
+        raise RuntimeError(f"a size is not a number: {ast.unparse(node)}") from None
     dtype: torch.dtype = getattr(torch, ast.unparse(node.args[2]).removeprefix("torch."))
     if not prod(size):
         return 0
-    return (1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))) * dtype.itemsize
+    elements: int = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    return elements * dtype.itemsize

@@ -51,7 +51,9 @@ def _wrapper(generated: Generated, folder: Path) -> dict[str, Any]:
 
     tree = ast.parse(generated.source)
     # The stream's number comes from there, of which a CPU build knows nothing.
-    tree.body = [n for n in tree.body if not isinstance(n, ast.ImportFrom) or n.module != "torch._C"]
+    tree.body = [
+        n for n in tree.body if not isinstance(n, ast.ImportFrom) or n.module != "torch._C"
+    ]
     names: dict[str, Any] = {"__name__": "wrapper"}
     nothing = mock.patch.multiple(AsyncCompile, triton=mock.DEFAULT, wait=mock.DEFAULT)
     with nothing:  # each kernel would be compiled

@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ class Kernel:
         signature: Triton's type of each parameter, such as ``"*fp32"`` for a pointer.
         meta: Inductor's notes, its grid among them.
         source: All of it, but for the line that looks for a GPU.
-        plain: The same without Inductor's decorator, behind which stand the autotuner and the launch.
+        plain: The same without Inductor's decorator, which tunes and launches it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kernel:
         return [argument.arg for argument in self.function.args.args]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parsed(source: str) -> Kernel:
     """A kernel from its source."""
     tree = ast.parse(source)

@@ -1,7 +1,7 @@
 """The bytes that a generated kernel loads and stores, from its source.
 
-A load or a store is an index over ranges, ``tl.load(in_ptr0 + (r0_1 + 576*x0))``, and each range has
-a length that is written above it. So the elements are the product of the lengths.
+A load or a store is an index over ranges, ``tl.load(in_ptr0 + (r0_1 + 576*x0))``, and each range
+has a length that is written above it. So the elements are the product of the lengths.
 """
 
 import ast
@@ -80,16 +80,19 @@ def sections(source: str) -> list[Section]:
 
 
 def _branches(body: list[ast.stmt]) -> list[list[ast.stmt]]:
-    """Of combo and foreach kernels, where a program asks by its number which branch is its own."""
-    found: list[list[ast.stmt]] = []
-    chain = [s for s in body if isinstance(s, ast.If) and "pid" in ast.unparse(s.test)]
-    if not chain:
-        return [body]
-    while chain:
-        branch = chain.pop()
-        found.append(branch.body)
-        chain = [s for s in branch.orelse if isinstance(s, ast.If)]
-    return found
+    """Of combo and foreach kernels, where a program asks by its number which branch is its own.
+
+    From torch 2.14 branches that do the same only name their pointers, and it is done after them.
+    """
+    for i, statement in enumerate(body):
+        if isinstance(statement, ast.If) and "pid" in ast.unparse(statement.test):
+            found = []
+            chain: list[ast.stmt] = [statement]
+            while len(chain) == 1 and isinstance(branch := chain[0], ast.If):
+                found.append([*body[:i], *branch.body, *body[i + 1 :]])
+                chain = branch.orelse
+            return found
+    return [body]
 
 
 def _section(body: list[ast.stmt], signature: dict[str, str]) -> Section:
@@ -97,11 +100,13 @@ def _section(body: list[ast.stmt], signature: dict[str, str]) -> Section:
     ranges = _Ranges(nodes)
     width = prod(n for name, n in ranges.lengths.items() if re.fullmatch(r"r\d+_index", name))
     count = prod(n for name, n in ranges.lengths.items() if re.fullmatch(r"[xyz]index", name))
-    accesses = [
-        (kind, pointer, min(ranges.of(index), count * width) * _itemsize(signature[pointer]))
-        for kind, pointer, index in map(_access, nodes)
-        if kind
-    ]
+    pointers = {name: name for name in signature} | dict(map(_renamed, nodes))
+    accesses = []
+    for kind, name, index in map(_access, nodes):
+        if kind:
+            pointer = pointers[name]
+            elements = min(ranges.of(index), count * width)
+            accesses.append((kind, pointer, elements * BYTES[signature[pointer].lstrip("*")]))
     once: dict[tuple[str, str], int] = {}
     for kind, pointer, nbytes in accesses:
         once[kind, pointer] = max(once.get((kind, pointer), 0), nbytes)
@@ -132,8 +137,11 @@ def _access(node: ast.AST) -> tuple[str, str, ast.expr]:
     return "", "", ast.Constant(0)
 
 
-def _itemsize(type_: str) -> int:
-    return BYTES[type_.removeprefix("*")]
+def _renamed(node: ast.AST) -> tuple[str, str]:
+    match node:
+        case ast.Assign([ast.Name(new)], ast.Name(old)):
+            return new, old
+    return "", ""
 
 
 class _Ranges:

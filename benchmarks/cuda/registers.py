@@ -62,7 +62,9 @@ def compiled(source: str) -> Compiled:
     registers, spilled = _assembled(ptx)
     loads = re.findall(r"ld\.global\S*", ptx)
     wide = [load for load in loads if re.search(r"\.v4\.[bfus]32|\.v2\.[bfus]64", load)]
-    return Compiled(registers, spilled, len(loads), len(wide), dict(config.kwargs), config.num_warps)
+    return Compiled(
+        registers, spilled, len(loads), len(wide), dict(config.kwargs), config.num_warps
+    )
 
 
 def _assembled(ptx: str) -> tuple[int, int]:
