@@ -88,6 +88,8 @@ def generated_by(call: Callable[[], object]) -> list[Generated]:
     ):
         # Inductor looks whether inputs are aligned; FakeTensors are.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # Advice to whoever has an H100.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         call()
     return found
 

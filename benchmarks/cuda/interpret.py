@@ -92,8 +92,8 @@ class _Interpreted:
         from torch._inductor.runtime.triton_heuristics import GridExpr
 
         names = self._kernel.parameters
-        reduces = any(name.endswith("rnumel") or name.startswith("r0_") for name in names)
-        sizes = {"XBLOCK": 8 if reduces else 1024, "R0_BLOCK": 128}
+        reduces = any(name.upper().startswith("R0_") for name in names)
+        sizes = {"XBLOCK": 8 if reduces else 1024, "R0_BLOCK": 512}
         blocks = {name: sizes.get(name, 8) for name in names if BLOCK.match(name)}
         given = dict(zip([name for name in names if name not in blocks], args, strict=True))
         numbers = {name: value for name, value in given.items() if not isinstance(value, Tensor)}

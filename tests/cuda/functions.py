@@ -15,8 +15,8 @@ from benchmarks.cuda.generated import Generated, generate
 Shape = tuple[int, ...]
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
-PERSISTENT = (64, 576)
-LOOPED = (64, 2304)
+PERSISTENT = (16, 576)
+LOOPED = (16, 2304)
 SPLIT = (4, 20000)
 SHAPES = [PERSISTENT, LOOPED, (7, 300), SPLIT]
 

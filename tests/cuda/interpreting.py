@@ -37,8 +37,11 @@ def error(found: Generated, fakes: list[Tensor], function: Callable[..., object]
     return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
 
 
-@pytest.mark.parametrize("options", [{}, COMBO], ids=["apart", "combo"])
-@pytest.mark.parametrize("function", [each, lists])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(each, {}), (each, COMBO), (lists, {})],
+    ids=["each", "combo", "lists"],
+)
 def test_values_are_those_of_the_eager_step(
     function: Callable[..., Any], options: dict[str, Any]
 ) -> None:
