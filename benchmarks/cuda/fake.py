@@ -31,6 +31,7 @@ H100 = SimpleNamespace(
     total_memory=80 * 2**30,
     L2_cache_size=50 * 2**20,
     is_integrated=0,
+    gcnArchName="",  # of AMD's, and asked for all the same
 )
 """What CUDA says of an H100, under the names of ``torch.cuda.get_device_properties``."""
 

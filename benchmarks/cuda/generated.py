@@ -104,6 +104,7 @@ _BOOKKEEPING = {
     "assert_size_stride",
     "assert_size_stride_grouped",
     "copy_if_misaligned",
+    "copy_misaligned",
     "get_raw_stream",
     "reinterpret_tensor",
     "torch.cuda._DeviceGuard",

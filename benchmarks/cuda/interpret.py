@@ -8,6 +8,8 @@ import os
 import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,28 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.cuda import fake
 from benchmarks.cuda.generated import Generated
 from benchmarks.cuda.kernels import BLOCK, imported, parsed
 
 SWITCH = "TRITON_INTERPRET"
 """Set to 1 before Triton is imported, as its own functions are made for one or the other."""
+
+
+def why_not() -> str | None:
+    """Why nothing can be interpreted here, if so."""
+    if reason := fake.why_not():
+        return reason
+    if find_spec("numpy") is None:
+        return "numpy is missing, in which Triton interprets"
+    old, new = version("triton"), version("numpy")
+    if _minor(old) < (3, 7) and _minor(new) >= (2, 4):
+        return f"the loops of triton {old} do not run on numpy {new}"
+    return None
+
+
+def _minor(number: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in number.split(".")[:2])
 
 
 def run(generated: Generated, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -33,15 +52,17 @@ def run(generated: Generated, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Te
         pairs: Each FakeTensor that the function was called with, and the tensor on the CPU that
             stands for it.
     """
+    if reason := why_not():
+        raise RuntimeError(f"no interpreter: {reason}")
     if os.environ.get(SWITCH) != "1":
         raise RuntimeError(f"set {SWITCH}=1 before triton is imported")
-    by_fake = {id(fake): real for fake, real in pairs}
-    missing = [fake for fake in generated.inputs if id(fake) not in by_fake]
+    by_fake = {id(its_fake): real for its_fake, real in pairs}
+    missing = [tensor for tensor in generated.inputs if id(tensor) not in by_fake]
     if missing:
         raise ValueError(f"no tensors stand for {missing}, which the graph is called with")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         call = _wrapper(generated, Path(folder))["call"]
-        results: list[Tensor] = [*call([by_fake[id(fake)] for fake in generated.inputs])]
+        results: list[Tensor] = [*call([by_fake[id(tensor)] for tensor in generated.inputs])]
         return results
 
 

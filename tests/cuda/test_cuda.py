@@ -11,22 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda.fake import why_not
-from benchmarks.cuda.interpret import SWITCH
+from benchmarks.cuda import fake, interpret
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA device: {why_not()}")
-@pytest.mark.parametrize(("file", "interpret"), [("generating.py", "0"), ("interpreting.py", "1")])
-def test_in_a_process_of_its_own(file: str, interpret: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "switch", "why_not"),
+    [("generating.py", "0", fake.why_not()), ("interpreting.py", "1", interpret.why_not())],
+)
+def test_in_a_process_of_its_own(file: str, switch: str, why_not: str | None) -> None:
+    if why_not is not None:
+        pytest.skip(why_not)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         cwd=HERE.parents[1],
-        env={**os.environ, SWITCH: interpret},
+        env={**os.environ, interpret.SWITCH: switch},
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
