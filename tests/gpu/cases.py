@@ -123,7 +123,7 @@ def distance(have: Params, want: Params) -> float:
     return float(torch.stack(each).max())
 
 
-def require(have: Params, want: Params, without: Params, tolerance: float = 2e-5) -> None:
+def require(have: Params, want: Params, without: Params, tolerance: float = 1e-4) -> None:
     """As it should be, and not what it were without GC."""
     difference = distance(have, {name: want[name] for name in have})
     assert difference <= tolerance, difference

@@ -60,7 +60,7 @@ def test_a_training_step(name: str, how: str, device: str) -> None:
     want, losses = trained(copy.deepcopy(model).double(), name, "gc", None)
     without, _ = trained(copy.deepcopy(model).double(), name, None, None)
     have, own_losses = trained(model.to(device), name, "gc", HOW[how])
-    require(have, want, without, 1e-4)
+    require(have, want, without)
     assert own_losses == pytest.approx(losses, abs=1e-4)
 
 
