@@ -26,7 +26,7 @@ from benchmarks.harness import attempts, measure
 from benchmarks.harness.shapes import MODELS
 from benchmarks.peers.algorithms import COMPARED
 
-SECONDS, EACH, LIMIT = 240.0, 1.0, 75.0
+SECONDS, EACH, LIMIT = 240.0, 0.5, 75.0
 """For all, for each comparison, for each peer with its compilation."""
 FOR_TRAINING = 0.2
 """The share of the time that is kept for whole training steps."""

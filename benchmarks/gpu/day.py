@@ -55,7 +55,10 @@ def main() -> None:
             seconds = FOR_TESTS * args.seconds
             only = ["-k", args.only] if args.only else []
             command = [*tests(seconds), *only, *rehearse]
-            failed += run("tests", command, seconds, environment)
+            # Each of the processes compiles in several more.
+            threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+            own = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+            failed += run("tests", command, seconds, own)
         seconds = args.seconds - (time.monotonic() - began)
         command = ["-m", "benchmarks.gpu", f"--seconds={seconds:.0f}", *rehearse]
         failed += run("figures", command, seconds, environment)

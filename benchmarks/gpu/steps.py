@@ -14,13 +14,14 @@ from benchmarks.peers.candidates import CANDIDATES, FUSED
 from benchmarks.peers.steps import Params, Peer, fastest_torch, foreach_torch
 
 FOREACH, COMPILED = "torch foreach, no GC", "torch compiled, no GC"
-OURS = ("gcfunc", "gcfunc packed")
+PACKED, TREE = "gcfunc packed", "gcfunc"
 MOST_USED = ("adamw", "sgd")
 
 ORDER: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
-    (MOST_USED, (FUSED, *OURS, FOREACH)),
+    (MOST_USED, (FUSED, PACKED, FOREACH)),
+    (MOST_USED, (TREE,)),
     (MOST_USED, ("gcfunc drop-in", "gcfunc packed, no GC", "optimi, no GC")),
-    (("adagrad",), (FUSED, *OURS, FOREACH, "gcfunc drop-in")),
+    (("adagrad",), (FUSED, PACKED, FOREACH, TREE, "gcfunc drop-in")),
     # The slowest to compile, of hundreds of tensors a minute and more.
     ((*MOST_USED, "adagrad"), (COMPILED,)),
 )

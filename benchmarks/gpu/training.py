@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Private: torch says nowhere else how often it left a graph unrecorded.
+# Private, as no others say how often and why torch left a graph unrecorded.
 from torch._dynamo.utils import counters
+from torch._logging._internal import set_logs
 
 from benchmarks.gpu import launches
 from benchmarks.gpu.steps import Row
@@ -39,6 +40,7 @@ def task_for(*, rehearse: bool) -> Task:
 def measured(candidate: str, algorithm: str, task: Task, device: str, seconds: float) -> Row:
     """Its figures, times in seconds for one step."""
     counters.clear()
+    set_logs(perf_hints=True)  # says why
     task = task.to(device)
     started = time.perf_counter()
     stepped: Any = CANDIDATES[candidate](task, algorithm)
