@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS, FOR_TESTS = 510.0, 0.5
+SECONDS, FOR_TESTS = 490.0, 0.5
 """For all, and the share of it that tests may take; figures get what is left."""
 LATE = 30.0
 """Seconds after its time until a command is stopped."""
