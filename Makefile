@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test slow counts bench lint format notebooks clean
+.PHONY: help demo quick test slow counts bench gpu lint format notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -77,6 +77,11 @@ bench-growing := $(BENCH) -m benchmarks.curves.growing
 
 bench: $(if $(bench-$(WHAT)),$(STAMPS)/bench) ## measure speed, with WHAT=ratios (default), save, compare, budgets, noise, peers, scaling or growing
 	$(or $(bench-$(WHAT)),$(error WHAT=$(WHAT): there are only $(WHATS)))
+
+# Installs nothing: where nothing is set up, PYTHON is taken as it is: make gpu PYTHON=python3.12
+# Without a GPU: make gpu OPTIONS=--rehearse
+gpu: ## test and measure on a GPU, with what is installed, in 9 minutes
+	$(if $(wildcard $(STAMPS)/venv),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu.day $(OPTIONS)
 
 lint: $(STAMPS)/dev ## check style, format and types
 	$(BIN)/ruff check .

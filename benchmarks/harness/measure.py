@@ -165,8 +165,13 @@ def report(
     """
     print(markdown, flush=True)
     path = results(output or name.rpartition(".")[2], device)
+    write(path, name, rows, device)
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def write(path: Path, name: str, rows: Sequence[dict[str, Any]], device: str = "cpu") -> None:
+    """Keep rows with the machine and the command that made them."""
     path.parent.mkdir(exist_ok=True)
     command = "python -m benchmarks." + " ".join([name, *sys.argv[1:]])
     content = {"command": command, "machine": machine(device), "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -36,10 +36,10 @@ def ordinary(task: Task, algorithm: str, *, compiled: bool) -> Step:
     return step
 
 
-def ours(task: Task, algorithm: str, *, gc: str | None, donate: bool) -> Step:
-    """gcfunc's one graph."""
+def ours(task: Task, algorithm: str, *, gc: str | None, donate: bool, **how: Any) -> Step:
+    """gcfunc's one graph; ``how`` is for torch.compile."""
     opt = OURS[algorithm](gc)
-    step = gcfunc.compile(gcfunc.train_step(task.model, loss_fn, opt), donate=donate)
+    step = gcfunc.compile(gcfunc.train_step(task.model, loss_fn, opt), donate=donate, **how)
     train = step.init()
 
     def again() -> None:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "peers": {"harness", "peers"},
     "gates": {"harness", "peers", "gates"},
     "curves": {"harness", "peers", "curves"},
+    "gpu": {"harness", "peers", "gpu"},
     "tables": {"harness", "peers", "gates", "curves", "tables"},
 }
 

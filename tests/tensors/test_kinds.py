@@ -423,7 +423,7 @@ def test_frozen_parameters(where: str) -> None:
     assert all(torch.equal(result[name], everything[name]) for name in frozen)
 
 
-# Dtypes and devices
+# Dtypes; of devices tells tests/gpu
 
 
 @each_algorithm
@@ -447,24 +447,6 @@ def test_a_tree_may_mix_dtypes(algorithm: str, where: str) -> None:
             for tensor, want in zip(result, of(name, expected).values(), strict=True):
                 assert tensor.dtype == want.dtype == own[name].dtype
                 assert torch.equal(tensor, want)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@each_algorithm
-def test_a_tree_may_mix_devices(algorithm: str) -> None:
-    opt = ALGORITHMS[algorithm](GC())
-    start = make_params()
-    device = {name: ("cpu", "cuda")[i % 2] for i, name in enumerate(start)}
-
-    def spread(params: Params) -> Params:
-        return {name: p.to(device[name]) for name, p in params.items()}
-
-    grads = [random_like(start, t) for t in range(4)]
-    result = tensors(*run(opt, spread(start), [spread(g) for g in grads]))
-    for name in start:
-        assert {t.device.type for t in of(name, result).values()} == {device[name]}
-    expected = tensors(*run(opt, start, grads))
-    assert largest_difference(each(Tensor.cpu, result), expected) < 1e-12
 
 
 @each_algorithm
