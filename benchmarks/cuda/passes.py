@@ -176,4 +176,9 @@ class _Ranges:
                 return self.of(left) * self.of(right)
             case ast.UnaryOp(ast.USub(), inner):
                 return self.of(inner)
+            # One number: tl.full([XBLOCK], 0, tl.int32).broadcast_to(XBLOCK)
+            case ast.Call(ast.Attribute(ast.Call() as inner, "broadcast_to")):
+                return self.of(inner)
+            case ast.Call(ast.Attribute(ast.Name("tl"), "full")):
+                return 1
         raise RuntimeError(f"an index of another form: {ast.unparse(index)}")

@@ -58,17 +58,11 @@ def compiled(source: str) -> Compiled:
             target=GPUTarget("cuda", 90, 32),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         )
-    ptx: str = binary.asm["ptx"]
-    registers, spilled = _assembled(ptx)
-    loads = re.findall(r"ld\.global\S*", ptx)
-    wide = [load for load in loads if re.search(r"\.v4\.[bfus]32|\.v2\.[bfus]64", load)]
-    return Compiled(
-        registers, spilled, len(loads), len(wide), dict(config.kwargs), config.num_warps
-    )
+    return assembled(binary.asm["ptx"], dict(config.kwargs), config.num_warps)
 
 
-def _assembled(ptx: str) -> tuple[int, int]:
-    """Registers, and bytes of spills, as ptxas tells them. Triton asks only for the binary."""
+def assembled(ptx: str, blocks: dict[str, int], warps: int) -> Compiled:
+    """What ptxas tells of Triton's code. Triton itself asks only for the binary."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,4 +76,6 @@ def _assembled(ptx: str) -> tuple[int, int]:
         ).stderr
     (registers,) = re.findall(r"Used (\d+) registers", said)
     (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
-    return int(registers), int(spilled)
+    loads = re.findall(r"ld\.global\S*", ptx)
+    wide = [load for load in loads if re.search(r"\.v4\.[bfus]32|\.v2\.[bfus]64", load)]
+    return Compiled(int(registers), int(spilled), len(loads), len(wide), blocks, warps)

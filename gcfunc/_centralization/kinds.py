@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gcfunc._centralization.formula import ROWS, Projection, Units, project
+from gcfunc._rows.alone import on_rows
 from gcfunc._tensors import sharding
-from gcfunc._tensors.lists import compute_dtype
+from gcfunc._tensors.lists import compute_dtype, transformed
 from gcfunc._tensors.packed import PackedTensor, Piece, cut
 from gcfunc._tensors.sharding import Shards
 
@@ -84,7 +85,15 @@ def centralize_one(g: Tensor, projection: Projection) -> Tensor:
     """A gradient centralized: computed in float32 if it has 16 bits, and rounded once."""
     if sharding.is_dtensor(g):
         return sharding.from_shard(centralize_one(sharding.local(g), projection), like=g)
+    if projection == ROWS and not (g.requires_grad or transformed()):
+        centralized = on_rows(_row_by_row, g)
+        if centralized is not None:
+            return centralized
     wide = compute_dtype(g.dtype)
     if g.dtype is wide:
         return projection.project(g)
     return projection.project(g.to(wide)).to(g.dtype)
+
+
+def _row_by_row(tensors: list[Tensor], _: list[Tensor]) -> list[Tensor]:
+    return [centralize_one(g, ROWS) for g in tensors]

@@ -6,8 +6,9 @@ from typing import Any, Literal, overload
 
 import torch
 
-from gcfunc._compiled.graph import compile_apart, compile_options
+from gcfunc._compiled.graph import compile_apart, compile_options, takes_rows
 from gcfunc._compiled.planned import Planned
+from gcfunc._compiled.row_graph import PureRows
 from gcfunc._compiled.threads import Dispatched
 from gcfunc._compiled.train_step import CompiledTrainStep, DonatedTrainStep
 from gcfunc._step import history
@@ -99,7 +100,8 @@ class Compiled:
     def __init__(self, opt: Optimizer, kwargs: dict[str, Any]) -> None:
         self._opt = opt
         self._kwargs = kwargs
-        self._step = Dispatched(compile_apart(opt.step, kwargs), kwargs)
+        self._rows = PureRows(opt, possible=takes_rows(kwargs))
+        self._step = Dispatched(compile_apart(self._rows.step, kwargs), kwargs)
 
     def init(self, params: Tree) -> State:
         """As :meth:`gcfunc.Optimizer.init`."""
@@ -107,6 +109,7 @@ class Compiled:
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
         """As :meth:`gcfunc.Optimizer.step`."""
+        self._rows.prepare()
         new, new_state = self._step(params, grads, state)
         history.follow_trees((params, grads, state), (new, new_state))
         return new, new_state

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from gcfunc._compiled.threads import Dispatched, compiling
+from gcfunc._rows import fit
 from gcfunc._step.bucket import Bucket
 from gcfunc._tensors.versions import COUNTS_RECOMPILES_TOGETHER
 
@@ -152,6 +153,7 @@ def compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
         kwargs.get("backend", "inductor") == "inductor"
         and not {"triton.cudagraphs", "guard_filter_fn"} & {k for k, v in options.items() if v}
         and all(b.device.type == "cpu" and b.dtype is not torch.float64 for b in buckets)
+        and not any(fit.is_for(b.device) for b in buckets)
         # All processes must talk in one order, however their shards differ.
         and not any(p is not None and p.communicates for b in buckets for p in b.projections)
         and kwargs["fullgraph"]
@@ -159,6 +161,16 @@ def compiles_ahead(kwargs: dict[str, Any], buckets: Sequence[Bucket]) -> bool:
         and not torch._inductor.config.force_disable_caches
         and hasattr(torch.compile(_about_gradients), "aot_compile")
     )
+
+
+def is_captured(kwargs: dict[str, Any]) -> bool:
+    """Whether Inductor is told to make CUDA graphs, as by ``mode="reduce-overhead"``."""
+    return bool((kwargs.get("options") or {}).get("triton.cudagraphs"))
+
+
+def takes_rows(kwargs: dict[str, Any]) -> bool:
+    """Whether the row kernel may do what Inductor would."""
+    return kwargs.get("backend", "inductor") == "inductor" and not kwargs.get("disable")
 
 
 def _about_gradients(guards: Sequence[Any]) -> list[bool]:

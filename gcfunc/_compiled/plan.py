@@ -7,10 +7,14 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gcfunc._compiled import repeats
-from gcfunc._compiled.substep import Arguments, SubStep
+from gcfunc._compiled.row_step import RowStep
+from gcfunc._compiled.rows import program_for
+from gcfunc._compiled.rows import split as row_positions
+from gcfunc._compiled.substep import Arguments, SubStep, computed_outside, scalars_for
 from gcfunc._step.bucket import Bucket
 from gcfunc._step.state import State, slot_tensors
 from gcfunc._tensors import sharding
@@ -23,7 +27,8 @@ class Plan:
     """What stays the same as long as the same tensors are stepped.
 
     ``besides`` are tensors that are written in the same step. With ``split``, many substeps instead
-    of one.
+    of one. With ``rows``, the row kernel takes the leaves that it can: in a step of their own, or
+    with ``together`` in the graph of all others.
     """
 
     was_called = False
@@ -37,6 +42,8 @@ class Plan:
         state: State,
         *,
         split: bool,
+        rows: bool,
+        together: bool = False,
         besides: Iterable[Tensor] = (),
     ) -> None:
         self._names = flat.names
@@ -49,11 +56,27 @@ class Plan:
         self._written = {t.data_ptr() for t in tensors if t.numel()}
         self._storages = {_storage(t) for t in tensors if t.numel()}
         self._buckets = buckets
-        one = [[(i, range(len(bucket.index))) for i, bucket in enumerate(buckets)]]
-        self.substeps = [
-            SubStep([(i, buckets[i].only(members)) for i, members in own], leaves, state)
-            for own in (repeats.split(buckets, leaves) if split else one)
-        ]
+        self.row_steps: list[RowStep] = []
+        if rows:
+            taken, left = _shared_out(buckets, leaves, state)
+            if together:
+                programs = [program_for(b.algorithm, b.dtype) for _, b in taken]
+                programs += [None] * len(left)
+                self.substeps = [SubStep([*taken, *left], leaves, state, programs)]
+            else:
+                self.row_steps = [RowStep(bucket, leaves, state) for _, bucket in taken]
+                self.substeps = [SubStep(left, leaves, state)] if left else []
+        else:
+            one = [[(i, range(len(bucket.index))) for i, bucket in enumerate(buckets)]]
+            self.substeps = [
+                SubStep([(i, buckets[i].only(members)) for i, members in own], leaves, state)
+                for own in (repeats.split(buckets, leaves) if split else one)
+            ]
+
+    def stay_where_they_are(self, besides: Iterable[Tensor]) -> None:
+        """Say that what is written is never moved: Inductor makes no CUDA graph otherwise."""
+        for t in (*(t for substep in self.substeps for t in substep.written()), *besides):
+            torch._dynamo.mark_static_address(t)
 
     def _local(self, tensors: Tensors) -> Tensors:
         return tensors if self._dtensors is None else [sharding.local(t) for t in tensors]
@@ -75,10 +98,8 @@ class Plan:
             and [i for i, g in enumerate(gs) if g is None] == self._without
         )
 
-    def arguments(
-        self, gs: Sequence[Tensor | None], count: Tensor, state: State
-    ) -> list[Arguments]:
-        """What to call each substep's compiled function with."""
+    def gradients(self, gs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients as they are stepped with: shards, and none of them in what is written."""
         if self._dtensors is not None:
             gs = [
                 g if g is None else _local_gradient(name, g, p)
@@ -90,9 +111,36 @@ class Plan:
         ):
             # A gradient may be, or be a view into, a tensor that is written before it is read.
             gs = [g.clone() if g is not None and _storage(g) in self._storages else g for g in gs]
-        # Outside the graph: Inductor would inline them, powers and all, into its loops.
-        scalars = [bucket.scalars(count, state.hyperparams) for bucket in self._buckets]
+        return gs
+
+    def count(self, state: State) -> Tensor | None:
+        """The count of this step, where scalars are made of it before a graph is called."""
+        outside = any(computed_outside(bucket.device) for bucket in self._buckets)
+        return state.step + 1 if outside else None
+
+    def arguments(
+        self, gs: Sequence[Tensor | None], count: Tensor | None, state: State
+    ) -> list[Arguments]:
+        """What to call each substep's compiled function with."""
+        if not self.substeps:
+            return []
+        scalars = [scalars_for(bucket, count, state) for bucket in self._buckets]
         return [substep.arguments(gs, scalars) for substep in self.substeps]
+
+
+def _shared_out(
+    buckets: Sequence[Bucket], leaves: Tensors, state: State
+) -> tuple[list[tuple[int, Bucket]], list[tuple[int, Bucket]]]:
+    """What the row kernel takes of each bucket, and what it does not."""
+    taken: list[tuple[int, Bucket]] = []
+    left: list[tuple[int, Bucket]] = []
+    for i, bucket in enumerate(buckets):
+        for positions, into in zip(
+            row_positions(bucket, leaves, state), (taken, left), strict=True
+        ):
+            if positions:
+                into.append((i, bucket.only(positions)))
+    return taken, left
 
 
 def _local_gradient(name: str, g: Tensor, param: Tensor) -> Tensor:

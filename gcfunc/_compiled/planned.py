@@ -24,9 +24,10 @@ from torch import Tensor
 
 from gcfunc._centralization.formula import Units
 from gcfunc._compiled.eager import step_eagerly
-from gcfunc._compiled.graph import Graph, Graphs, compiles_ahead
+from gcfunc._compiled.graph import Graph, Graphs, compiles_ahead, is_captured, takes_rows
 from gcfunc._compiled.plan import Plan
 from gcfunc._compiled.substep import SubStep
+from gcfunc._rows import fit
 from gcfunc._step.bucket import Bucket
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
@@ -49,6 +50,9 @@ class Planned:
         graphs: Compiled graphs to share with others of the same optimizer.
         units: As in :meth:`Optimizer.buckets`, for whoever steps the same leaves ever again.
     """
+
+    _together = False
+    """Whether the row kernel is called in the graph that makes the gradients."""
 
     def __init__(
         self,
@@ -105,7 +109,19 @@ class Planned:
             require_tensors(flat.names, flat.leaves, "params")
             buckets = self._opt.buckets(flat, gs, state, self._units)
             ahead = self._compiles_ahead(buckets)
-            plan = Plan(buckets, flat, gs, state, split=ahead, besides=written)
+            rows = takes_rows(self._kwargs)
+            plan = Plan(
+                buckets,
+                flat,
+                gs,
+                state,
+                split=ahead,
+                rows=rows and any(fit.is_for(bucket.device) for bucket in buckets),
+                together=self._together,
+                besides=written,
+            )
+            if is_captured(self._kwargs):
+                plan.stay_where_they_are(besides.values())
             own = [self._graph_for(substep, flat, besides, ahead) for substep in plan.substeps]
             # There may be too many already, and none for some.
             graphs = [graph for graph in own if graph is not None]
@@ -138,7 +154,7 @@ class Planned:
         """Call each substep's graph, with ``more`` after its own arguments, and count."""
         if len(graphs) < len(plan.substeps):
             raise _UncompiledError
-        count = state.step + 1
+        gs, count = plan.gradients(gs), plan.count(state)
         arguments: Sequence[tuple[Any, ...]] = plan.arguments(gs, count, state)
         if more:
             arguments = [(*own, *more) for own in arguments]
@@ -152,7 +168,13 @@ class Planned:
                 raise _UncompiledError
             self.graphs.grew()
             calls = [graph.compile_for(own) for graph, own in zip(graphs, arguments, strict=True)]
+        launches = [row_step.prepared(gs, state) for row_step in plan.row_steps]
         results = [call(*own) for call, own in zip(calls, arguments, strict=True)]
-        state.step.copy_(count)
+        for launch in launches:
+            launch()
+        if count is None:
+            state.step.add_(1)
+        else:
+            state.step.copy_(count)
         plan.was_called = True
         return results

@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gcfunc._centralization.formula import Projection
-from gcfunc._compiled.views import BACK, View, view_for, viewed
+from gcfunc._compiled.row_graph import update_in_graph
+from gcfunc._compiled.views import BACK, View, as_it_is, view_for, viewed
+from gcfunc._rows import fit
+from gcfunc._rows.launch import near
+from gcfunc._rows.program import Program
 from gcfunc._step.bucket import Bucket, Scalars, Slots
 from gcfunc._step.state import State
 from gcfunc._tensors import sharding
@@ -31,15 +36,20 @@ class SubStep:
     """
 
     def __init__(
-        self, buckets: list[tuple[int, Bucket]], leaves: Sequence[Tensor], state: State
+        self,
+        buckets: list[tuple[int, Bucket]],
+        leaves: Sequence[Tensor],
+        state: State,
+        programs: Sequence[Program | None] | None = None,
     ) -> None:
         self._from = [i for i, _ in buckets]
+        self._programs = [None] * len(buckets) if programs is None else [*programs]
         self._params: list[Tensors] = []
         self._slots: list[Slots] = []
         self._buckets: list[Bucket] = []
         self._whole: list[list[Projection | None]] = []
         self._views: list[list[View]] = []
-        for _, bucket in buckets:
+        for (_, bucket), program in zip(buckets, self._programs, strict=True):
             whole = bucket.projections
             ps = _cut(bucket.pick(leaves), whole)
             slots = {
@@ -48,7 +58,7 @@ class SubStep:
             }
             own = [one for projection in whole for one in _each(projection)]
             views = [
-                view_for(projection, [p, *others])
+                as_it_is if program else view_for(projection, [p, *others])
                 for projection, p, *others in zip(own, ps, *slots.values(), strict=True)
             ]
             turned = [
@@ -70,18 +80,28 @@ class SubStep:
                 bucket.key,
                 bucket.device,
                 bucket.dtype,
+                program is not None,
                 *whole,
                 *views,
                 *((p.shape, p.stride()) for p in ps),
                 *(t.stride() for values in slots.values() for t in values),
             )
-            for bucket, whole, views, ps, slots in zip(
-                self._buckets, self._whole, self._views, self._params, self._slots, strict=True
+            for bucket, program, whole, views, ps, slots in zip(
+                self._buckets,
+                self._programs,
+                self._whole,
+                self._views,
+                self._params,
+                self._slots,
+                strict=True,
             )
         )
 
     def arguments(self, gs: Sequence[Tensor | None], scalars: Sequence[Scalars]) -> Arguments:
-        """What to call the compiled function with: gradients for each leaf, scalars a bucket."""
+        """What to call the compiled function with: gradients for each leaf, scalars a bucket.
+
+        The latter are :func:`scalars_for` each.
+        """
         return (
             self._params,
             [bucket.pick(gs) for bucket in self._buckets],
@@ -89,9 +109,15 @@ class SubStep:
             [scalars[i] for i in self._from],
         )
 
+    def written(self) -> Tensors:
+        """What the graph is handed to write over."""
+        slots = [t for own in self._slots for values in own.values() for t in values]
+        return [t for ps in self._params for t in ps] + slots
+
     def update(self) -> Update:
         """The function to compile. It holds on to none of the tensors."""
         buckets, whole, views = self._buckets, self._whole, self._views
+        programs = self._programs
 
         def update(
             params: list[Tensors], grads: list[Tensors], slots: list[Slots], scalars: list[Scalars]
@@ -103,7 +129,16 @@ class SubStep:
                     # While it is traced only: another shape might broadcast.
                     if g.shape != p.shape or g.dtype != p.dtype:
                         raise ValueError("a gradient does not fit its parameter")
-                new, new_slots = bucket.update(params[i], gs, slots[i], scalars[i])
+                program = programs[i]
+                if program is not None:
+                    update_in_graph(program, bucket, params[i], gs, slots[i], scalars[i])
+                    continue
+                made = (
+                    scalars[i]
+                    if computed_outside(bucket.device)
+                    else scalars_in(bucket, scalars[i])
+                )
+                new, new_slots = bucket.update(params[i], gs, slots[i], made)
                 _write(params[i], new)
                 for slot, values in new_slots.items():
                     _write(slots[i][slot], values)
@@ -136,6 +171,29 @@ class SubStep:
             return results
 
         return step
+
+
+def computed_outside(device: torch.device) -> bool:
+    """Whether scalars are made before a graph is called, or in it, where they are used.
+
+    On the CPU, Inductor would inline them, powers and all, into its loops. On a GPU each operation
+    outside would be a launch.
+    """
+    return device.type == "cpu" and not fit.is_for(device)
+
+
+def scalars_for(bucket: Bucket, count: Tensor | None, state: State) -> Scalars:
+    """What a graph is given of the step's scalars, or of what it makes them of."""
+    own = bucket.own(state.hyperparams)
+    if count is not None and computed_outside(bucket.device):
+        return bucket.scalars(count, own)
+    return dict(zip(("", *own), near([state.step, *own.values()], bucket.device), strict=True))
+
+
+def scalars_in(bucket: Bucket, given: Scalars) -> Scalars:
+    """The scalars, from what :func:`scalars_for` gave."""
+    own = dict(given)
+    return bucket.scalars(own.pop("") + 1, own)
 
 
 def _cut(tensors: Tensors, projections: Sequence[Projection | None]) -> Tensors:

@@ -86,6 +86,8 @@ class DonatedTrainStep(CompiledTrainStep):
 class _PlannedTraining(Planned):
     """Steps in place of which each makes its own gradients, and writes the buffers too."""
 
+    _together = True
+
     def __init__(self, train_step: TrainStep, kwargs: dict[str, Any]) -> None:
         # A model keeps its shapes, and its inputs' are Dynamo's to count.
         super().__init__(train_step.opt, kwargs, Graphs(sys.maxsize))

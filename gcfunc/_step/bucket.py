@@ -67,9 +67,12 @@ class Bucket:
             projections=[self.projections[j] for j in positions],
         )
 
-    def scalars(self, count: Tensor, hyperparams: Scalars) -> Scalars:
+    def own(self, hyperparams: Scalars) -> Scalars:
+        """Out of a state's hyperparameters those of the algorithm."""
+        return {name: hyperparams[join(self.key, name)] for name in self.algorithm.hyperparams}
+
+    def scalars(self, count: Tensor, own: Scalars) -> Scalars:
         """The step's scalars, each cast once to what the lists are computed in."""
-        own = {name: hyperparams[join(self.key, name)] for name in self.algorithm.hyperparams}
         wide = compute_dtype(self.dtype)
         # Copies: Dynamo guards that two inputs which are one tensor stay one.
         return {

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gcfunc._step import history
-from gcfunc._step.bucket import Bucket, join
+from gcfunc._step.bucket import Bucket, Slots, join
 from gcfunc._step.hyperparams import to_scalars
 from gcfunc._step.prepare import Grouped, Groups
 from gcfunc._step.state import State
 from gcfunc._tensors import sharding, trees
 from gcfunc._tensors.check import require_tensors
-from gcfunc._tensors.lists import Tensors, under_vmap
+from gcfunc._tensors.lists import Tensors, numbers_copied, under_vmap
 from gcfunc._tensors.packed import SlotValues, slot_values
 from gcfunc._tensors.trees import FlatTree, Tree
 
@@ -105,8 +105,24 @@ class Optimizer(Grouped):
         return "; ".join(shown)
 
 
+BucketStep = Callable[[Bucket, Tensors, Tensors, Slots, State, Tensor], tuple[Tensors, Slots]]
+"""``(bucket, params, grads, slots, state before, count with this step) -> (params, slots)``."""
+
+
+def step_bucket(
+    bucket: Bucket, params: Tensors, grads: Tensors, slots: Slots, state: State, count: Tensor
+) -> tuple[Tensors, Slots]:
+    """The update of a bucket with the scalars of a step."""
+    scalars = bucket.scalars(count, bucket.own(state.hyperparams))
+    return bucket.update(params, grads, slots, scalars)
+
+
 def stepped(
-    flat: FlatTree, gs: Sequence[Tensor | None], state: State, buckets: Sequence[Bucket]
+    flat: FlatTree,
+    gs: Sequence[Tensor | None],
+    state: State,
+    buckets: Sequence[Bucket],
+    step_one: BucketStep = step_bucket,
 ) -> tuple[Tensors, State]:
     """The leaves and the state after a step, out of place."""
     names, leaves, _, layout = flat
@@ -120,24 +136,30 @@ def stepped(
             slot: [sharding.local(state.slots[slot][name]) for name in bucket.names]
             for slot in bucket.algorithm.slots
         }
-        next_ps, next_slots = bucket.update(
-            ps,
-            [sharding.local_like(g, p) for g, p in zip(bucket.pick(gs), params, strict=True)],
-            slots,
-            bucket.scalars(count, state.hyperparams),
-        )
+        grads = [sharding.local_like(g, p) for g, p in zip(bucket.pick(gs), params, strict=True)]
+        next_ps, next_slots = step_one(bucket, ps, grads, slots, state, count)
         new.update(zip(bucket.names, _laid_out(next_ps, ps, params), strict=True))
         for slot, values in next_slots.items():
             values = _laid_out(values, slots[slot], params)
             new_slots[slot].update(zip(bucket.names, values, strict=True))
     return [*_or_clones(new, dict(zip(names, leaves, strict=True))).values()], State(
         count,
-        {name: scalar.clone() for name, scalar in state.hyperparams.items()},
+        _copied(state.hyperparams),
         {
             slot: slot_values(layout, _or_clones(new_slots[slot], values))
             for slot, values in state.slots.items()
         },
     )
+
+
+def _copied(scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, scalar in scalars.items():
+        alike.setdefault((scalar.dtype, scalar.device), []).append(name)
+    new: dict[str, Tensor] = {}
+    for names in alike.values():
+        new.update(zip(names, numbers_copied([scalars[n] for n in names]), strict=True))
+    return {name: new[name] for name in scalars}
 
 
 def _laid_out(new: Tensors, old: Tensors, like: Tensors) -> Tensors:

@@ -2,14 +2,16 @@
 
 Each operation is one multi-tensor ``torch._foreach_*`` call, the operators of torch's own
 optimizers, wherever these allow it. They have no batching rule for ``torch.func.vmap``, and no
-derivative with respect to a scalar (https://github.com/pytorch/pytorch/issues/144580); there the
-same operation runs tensor by tensor.
+derivative with respect to a scalar (https://github.com/pytorch/pytorch/issues/144580); compiled for
+a GPU, Inductor fuses no mean with them. There the same operation runs tensor by tensor.
 
 A *scalar* is a 0-d tensor that already has the dtype and device of the list, so that no operation
 promotes a dtype and no hyperparameter becomes a constant of a compiled graph.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,8 +28,7 @@ def _transforms() -> list[bool]:
     return [level.key() == torch._C._functorch.TransformType.Vmap for level in stack]
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func is active here."""
+def _transformed() -> bool:
     return bool(_transforms())
 
 
@@ -62,6 +63,35 @@ A constant in a compiled graph: torch.compile enters the transforms for real whi
 """
 
 
+transformed: Callable[[], bool] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
+    _transformed
+)
+"""Whether a transform of torch.func is active here; likewise a constant."""
+
+_apart: ContextVar[bool] = ContextVar("tensor by tensor", default=False)
+
+
+@contextlib.contextmanager
+def tensor_by_tensor() -> Iterator[None]:
+    """No multi-tensor operations here: what is traced is to be read."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+# As under_vmap.
+_one_by_one: Callable[[], bool] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
+    lambda: _apart.get() or _under_vmap()
+)
+
+
+def _fuses_foreach(device: torch.device) -> bool:
+    """Whether multi-tensor operations become one kernel with the rest of what is computed."""
+    return device.type == "cpu" or not torch.compiler.is_compiling()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype arithmetic on ``dtype`` is done in: float32 for the 16-bit ones, else itself."""
     return torch.float32 if dtype.itemsize < 4 else dtype
@@ -74,7 +104,7 @@ def _lift(
         if not xs:
             return []
         requires_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if not (under_vmap() or requires_grad):
+        if not (_one_by_one() or requires_grad) and _fuses_foreach(xs[0].device):
             return list(foreach(xs, *args))
         columns = [a if isinstance(a, list) else [a] * len(xs) for a in args]
         return [each(*row) for row in zip(xs, *columns, strict=True)]
@@ -126,6 +156,13 @@ def sqrt(xs: Tensors) -> Tensors:
 def average(xs: Tensors, keep: Tensor, ys: Tensors, take: Tensor) -> Tensors:
     """Moving average, ``keep * x + take * y``."""
     return add(mul(xs, keep), mul(ys, take))
+
+
+def numbers_copied(numbers: Tensors) -> Tensors:
+    """Copies of 0-d tensors of one dtype: on a GPU in one launch, and so in one storage."""
+    if not numbers or numbers[0].device.type == "cpu":
+        return [number.clone() for number in numbers]
+    return list(torch.stack(numbers).unbind())
 
 
 def where(condition: Tensor, xs: Tensors, ys: Tensors) -> Tensors:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gcfunc._compiled.eager import Answers, Step, step_eagerly
 from gcfunc._compiled.graph import Graphs, compile_options, require_torch_compile
 from gcfunc._compiled.planned import Planned
+from gcfunc._rows.launch import LaunchError
 from gcfunc._step.optimizer import Optimizer
 from gcfunc._step.state import State
 from gcfunc._tensors.trees import FlatTree
@@ -46,6 +47,7 @@ def compiled(
             except (
                 torch._dynamo.exc.TorchDynamoException,
                 torch._inductor.exc.InvalidCxxCompiler,
+                LaunchError,
             ) as error:
                 _note(error, failures)
             else:

@@ -1,17 +1,25 @@
 """Where the tests of this folder run: on the GPU, or in rehearsal on the CPU."""
 
+import os
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-REHEARSE, SECONDS = "--rehearse", "--seconds"
+from gcfunc._rows import fit
+
+REHEARSE, INTERPRET, SECONDS = "--rehearse", "--interpret", "--seconds"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gcfunc")
     group.addoption(REHEARSE, action="store_true", help="run on the CPU what needs a GPU")
+    group.addoption(
+        INTERPRET,
+        action="store_true",
+        help=f"with {REHEARSE}, go through the kernels for GPUs, in Triton's interpreter",
+    )
     group.addoption(SECONDS, type=float, help="leave tests out that would begin later than this")
 
 
@@ -44,6 +52,13 @@ def _in_time(request: pytest.FixtureRequest) -> None:
         # A failure: what was left out has not been shown.
         late = time.monotonic() - request.config.stash[BEGAN] > seconds
         assert not late, f"left out, as it would begin after {seconds:g} s"
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if option(request.config, INTERPRET):
+        assert os.environ.get("TRITON_INTERPRET") == "1", "set it before triton is imported"
+        monkeypatch.setattr(fit, "DEVICES", ("cpu",))
 
 
 @pytest.fixture(autouse=True)

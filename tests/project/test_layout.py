@@ -16,13 +16,14 @@ MODULES = {
 
 BELOW: dict[str, tuple[str, ...]] = {
     "_tensors": (),
-    "_centralization": ("_tensors",),
+    "_rows": ("_tensors",),
+    "_centralization": ("_tensors", "_rows"),
     "_step": ("_tensors", "_centralization"),
     "_algorithms": ("_tensors", "_centralization", "_step"),
     "hooks": ("_tensors", "_centralization"),
     "_training": ("_tensors", "_step"),
-    "_compiled": ("_tensors", "_centralization", "_step", "_training"),
-    "optim": ("_tensors", "_centralization", "_step", "_algorithms", "_compiled"),
+    "_compiled": ("_tensors", "_rows", "_centralization", "_step", "_training"),
+    "optim": ("_tensors", "_rows", "_centralization", "_step", "_algorithms", "_compiled"),
 }
 """What each wing may import. docs/design.md has it as a picture."""
 ABOVE = ("recipes", "integrations")

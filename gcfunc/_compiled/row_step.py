@@ -1,0 +1,74 @@
+"""A donated step of the row kernel: launched as it is, without a graph of torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from gcfunc._centralization.formula import Projection
+from gcfunc._compiled.rows import laid_out_like, program_for, width_of
+from gcfunc._rows.launch import Launcher
+from gcfunc._rows.layout import Problem
+from gcfunc._step.bucket import Bucket
+from gcfunc._step.state import State
+from gcfunc._tensors import sharding
+from gcfunc._tensors.lists import Tensors
+
+
+class RowStep:
+    """Leaves of one bucket that the row kernel steps in place."""
+
+    def __init__(self, bucket: Bucket, leaves: Sequence[Tensor], state: State) -> None:
+        program = program_for(bucket.algorithm, bucket.dtype)
+        assert program is not None
+        self.program = program
+        self._bucket = bucket
+        self._params = bucket.pick(leaves)
+        slots = [
+            [sharding.local(state.slots[slot][name]) for name in bucket.names]
+            for slot in bucket.algorithm.slots
+        ]
+        self._layouts = [(p.size(), p.stride()) for p in self._params]
+        problems: list[Problem] = []
+        self._places: list[tuple[int, int]] = []
+        for i, (projection, p) in enumerate(zip(bucket.projections, self._params, strict=True)):
+            offset = 0
+            for own, numel, width in _problems(projection, p):
+                problems.append(Problem(numel, width if own else None))
+                self._places.append((i, offset))
+                offset += numel * p.element_size()
+        self._is_whole = len(problems) == len(self._params)
+        self._written = tuple(self._addresses(tensors) for tensors in (self._params, *slots))
+        self.launcher = Launcher(program.source, problems, bucket.dtype, bucket.device)
+
+    def _addresses(self, tensors: Tensors) -> tuple[int, ...]:
+        at = tuple(t.data_ptr() for t in tensors)
+        return at if self._is_whole else tuple(at[i] + offset for i, offset in self._places)
+
+    def prepared(self, gs: Sequence[Tensor | None], state: State) -> Callable[[], None]:
+        """What updates params and slots from gradients for each leaf; the step is not counted."""
+        own = self._bucket.pick(gs)
+        if [(g.size(), g.stride()) for g in own] != self._layouts:
+            own = [laid_out_like(g, p) for g, p in zip(own, self._params, strict=True)]
+        params, *slots = self._written
+        columns = (params, self._addresses(own), *slots, params, *slots)
+        hyperparams = self._bucket.own(state.hyperparams)
+        launch = self.launcher.prepared(columns, [state.step, *hyperparams.values()])
+        return partial(_while_kept, launch, own)
+
+
+def _while_kept(launch: Callable[[], None], tensors: Tensors) -> None:
+    """Launch, while the tensors are kept: the kernel knows nothing but their addresses."""
+    launch()
+
+
+def _problems(
+    projection: Projection | None, p: Tensor
+) -> list[tuple[Projection | None, int, int | None]]:
+    """Projection, numel and length of rows of each part of a leaf."""
+    if projection is None or not projection.pieces:
+        return [(projection, p.numel(), width_of(projection, p))]
+    width = p.numel() // p.shape[0]
+    return [(own, piece.size * width, width) for piece, own in projection.pieces]
