@@ -48,6 +48,7 @@ slow: $(STAMPS)/dev ## run the tests that take minutes
 
 counts: $(STAMPS)/bench ## write down the graphs, kernels, bytes and collectives that make test expects
 	$(BIN)/python -m benchmarks.gates.counts --update
+	$(BIN)/python -m benchmarks.cuda_code --update
 
 # Without the wait policy above, which would make short parallel loops slow. OPTIONS are pytest's:
 # make bench OPTIONS='-k "adamw and resnet50"'

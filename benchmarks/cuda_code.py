@@ -1,6 +1,7 @@
 """Count what a compiled step launches and moves on a GPU, without one.
 
     python -m benchmarks.cuda_code --model resnet50 --algorithm adamw --packed
+    python -m benchmarks.cuda_code --update                      # a part of make counts
 
 Inductor generates code for an H100 that is not there, and the row kernel says what it would launch;
 all of it is compiled to machine code, and none of it runs. These are printed, or written by --json:
@@ -15,13 +16,18 @@ all of it is compiled to machine code, and none of it runs. These are printed, o
 - torch_fused_launches: of torch's fused optimizer, by the rules of its source.
 - estimate_us, torch_fused_estimate_us: bytes over an H100's bandwidth, and 2 us for each launch. An
   estimate and no measurement.
+
+--update counts all steps that make test expects the counts of, and records them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,12 +35,45 @@ from benchmarks.cuda.fake import why_not
 from benchmarks.cuda.roofline import estimate, fused_launches
 from benchmarks.cuda.steps import Step, machine_code, optimizer_step
 from benchmarks.harness.shapes import MODELS
-from benchmarks.peers.algorithms import OURS
+from benchmarks.peers.algorithms import COMPARED, OURS
 from gcfunc import GC
 
-LOOKAHEAD = "lookahead"
-"""Lookahead around SGD, which is no algorithm by itself."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+EXPECTED = Path(__file__).parent / "expected" / "cuda.json"
+"""The same for every version of torch."""
+COUNTED = ("launches", "scalar_launches", "passes", "temporaries", "torch_fused_launches")
+"""What is expected there."""
+
+_OTHERWISE: dict[str, dict[str, Any]] = {
+    "update": {"gc": GC(at="update")},
+    "plain": {"gc": None},
+    "gcc": {"gc": GC(where="gcc")},
+    "gcc-packed": {"gc": GC(where="gcc"), "packed": True},
+    "bfloat16": {"gc": GC(), "dtype": torch.bfloat16},
+}
+CASES: dict[str, dict[str, Any]] = {
+    f"{model}-{algorithm}{'-packed' * packed}": {
+        "model": model,
+        "algorithm": algorithm,
+        "packed": packed,
+        "gc": GC(),
+    }
+    for model, algorithm, packed in itertools.product(MODELS, COMPARED, (False, True))
+}
+CASES |= {
+    f"resnet50-{algorithm}": {"model": "resnet50", "algorithm": algorithm, "gc": GC()}
+    for algorithm in OURS
+    if algorithm not in COMPARED
+}
+CASES |= {
+    f"resnet50-{algorithm}-{name}": {"model": "resnet50", "algorithm": algorithm, **options}
+    for algorithm, (name, options) in itertools.product(COMPARED, _OTHERWISE.items())
+}
+"""The donated steps that make test counts."""
+
+
+Figures = dict[str, int | float]
 
 
 def counted(
@@ -45,32 +84,51 @@ def counted(
     pure: bool = False,
     gc: GC | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, int | float]:
-    """What a step of a model of :mod:`benchmarks.harness.shapes` is made of."""
+    compiled: bool = False,
+) -> Figures:
+    """What a step of a model of :mod:`benchmarks.harness.shapes` is made of.
+
+    With ``compiled``, the machine's code is made too.
+    """
     opt = OURS[algorithm](gc)
     shapes = MODELS[model]()
     step = optimizer_step(opt, shapes, packed=packed, donate=not pure, dtype=dtype)
     slots = sum(len(own.slots) for own in opt.algorithms.values())
-    return figures(step, slots) | _fused(step, [prod(s) for s in shapes.values()], slots)
-
-
-def figures(step: Step, slots: int) -> dict[str, int | float]:
-    """The figures of a step of any kind."""
-    compiled = machine_code(step.graphs, step.rows)
-    return {
+    found: Figures = {
         "launches": step.launches,
         "scalar_launches": len(step.scalars),
         "passes": round(step.passes, 3),
         "least_passes": 3 + 2 * slots,
         "temporaries": step.temporaries,
-        "seconds": round(step.seconds, 1),
-        "registers": max(kernel.registers for kernel in compiled),
-        "spilled": max(kernel.spilled for kernel in compiled),
-        "estimate_us": round(1e6 * estimate(step.moved, step.launches), 1),
     }
+    if compiled:
+        seconds, code = machine_code(step.graphs, step.rows)
+        found |= {
+            "seconds": round(step.seconds + seconds, 1),
+            "registers": max(kernel.registers for kernel in code),
+            "spilled": max(kernel.spilled for kernel in code),
+        }
+    found["estimate_us"] = round(1e6 * estimate(step.moved, step.launches), 1)
+    return found | _fused(step, [prod(s) for s in shapes.values()], slots)
 
 
-def _fused(step: Step, numels: list[int], slots: int) -> dict[str, int | float]:
+def expected() -> dict[str, Figures]:
+    """What is recorded."""
+    found: dict[str, Figures] = json.loads(EXPECTED.read_text("utf-8"))
+    return found
+
+
+def record() -> None:
+    """Count all cases and record them."""
+    found = {}
+    for name, case in CASES.items():
+        figures = counted(**case)
+        found[name] = {key: figures[key] for key in COUNTED}
+        print(name, found[name])
+    EXPECTED.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def _fused(step: Step, numels: list[int], slots: int) -> Figures:
     """Of torch's fused optimizer, which reads and writes the same without GC."""
     launches = fused_launches(numels, 2 + slots)
     if slots > 1:
@@ -95,9 +153,13 @@ def main() -> None:
     parser.add_argument("--at", choices=("gradient", "update"), default="gradient")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--update", action="store_true", help="record what make test expects")
     args = parser.parse_args()
     if reason := why_not():
         parser.exit(1, f"nothing can be counted here: {reason}\n")
+    if args.update:
+        record()
+        return
     found = counted(
         args.model,
         args.algorithm,
@@ -105,6 +167,7 @@ def main() -> None:
         pure=args.pure,
         gc=None if args.no_gc else GC(at=args.at),
         dtype=DTYPES[args.dtype],
+        compiled=True,
     )
     if args.json:
         print(json.dumps(found))

@@ -35,6 +35,8 @@ class Generated:
         outputs: The bytes of each buffer that is allocated and is one.
         items: How many numbers are read from tensors, by ``.item()``.
         inputs: The FakeTensors that ``call`` was given.
+        moves: The positions of inputs that are written and are not known to stay where they are,
+            for which Inductor makes no CUDA graph.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Generated:
     outputs: dict[str, int]
     items: int
     inputs: tuple[Tensor, ...]
+    moves: frozenset[int]
 
 
 def generate(function: Callable[..., object], *args: Any, **kwargs: Any) -> Generated:
@@ -64,17 +67,25 @@ def generated_by(call: Callable[[], object]) -> list[Generated]:
     Graphs are replaced by such as only make their results, empty; so ``call`` must not ask for
     values, which FakeTensors do not have.
     """
+    from torch._inductor.compile_fx import _InProcessFxCompile
     from torch._inductor.graph import GraphLowering
 
     found: list[Generated] = []
+    stay: list[int] = []
+    real = _InProcessFxCompile.codegen_and_compile
+
+    def generating(compiler: Any, graph: Any, inputs: Any, checked: Any, kwargs: Any) -> Any:
+        stay[:] = kwargs.get("static_input_idxs") or ()
+        return real(compiler, graph, inputs, checked, kwargs)
 
     def stop(lowering: Any) -> Any:
         source: str = lowering.codegen()[0].value
         (output,) = lowering.graph.find_nodes(op="output")
         results = [node and node.meta["val"] for node in output.args[0]]
+        moves = frozenset(lowering.mutated_input_idxs).difference(stay)
 
         def call(args: list[Any]) -> list[Any]:
-            found.append(_read(source, tuple(args)))
+            found.append(_read(source, tuple(args), moves))
             return [_another(r) if isinstance(r, Tensor) else r for r in results]
 
         return SimpleNamespace(call=call)
@@ -83,6 +94,8 @@ def generated_by(call: Callable[[], object]) -> list[Generated]:
         # torch's own tests stop here as well (torch._inductor.utils.get_code), but for graphs
         # without results, and without telling what these are called with.
         mock.patch.object(GraphLowering, "compile_to_module", stop),
+        # Which inputs stay where they are is known here alone.
+        mock.patch.object(_InProcessFxCompile, "codegen_and_compile", generating),
         torch._inductor.config.patch(fx_graph_cache=False),
         warnings.catch_warnings(),
     ):
@@ -113,7 +126,7 @@ _BOOKKEEPING = {
 """What a wrapper calls besides, and no tensor is touched by."""
 
 
-def _read(source: str, inputs: tuple[Tensor, ...]) -> Generated:
+def _read(source: str, inputs: tuple[Tensor, ...], moves: frozenset[int]) -> Generated:
     """Take a wrapper's source apart."""
     tree = ast.parse(source)
     kernels = _kernels(tree)
@@ -160,6 +173,7 @@ def _read(source: str, inputs: tuple[Tensor, ...]) -> Generated:
         {name: size for name, size in buffers.items() if name in results},
         items,
         inputs,
+        moves,
     )
 
 

@@ -16,20 +16,50 @@ from benchmarks.cuda import fake, interpret
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(
-    ("file", "switch", "why_not"),
-    [("generating.py", "0", fake.why_not()), ("interpreting.py", "1", interpret.why_not())],
+REHEARSED = (
+    "test_donated[sgd-momentum] or test_donated[adamw] or test_donated[ranger]"
+    " or test_donated[lion] or test_packed[sgd] or test_packed[adamw] or test_pure[adagrad]"
+    " or test_16_bits"
+    " or aligned or missing or test_a_training_step or test_hooks"
 )
-def test_in_a_process_of_its_own(file: str, switch: str, why_not: str | None) -> None:
+"""A part of what a GPU is for, through the kernels for it. make slow does all."""
+
+
+def require_passes(switch: str, why_not: str | None, *arguments: str) -> None:
+    """Tests pass in a process where Triton is told to interpret, or not to."""
     if why_not is not None:
         pytest.skip(why_not)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         capture_output=True,
         text=True,
         cwd=HERE.parents[1],
         env={**os.environ, interpret.SWITCH: switch},
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", ["generating.py", "counting.py"])
+def test_what_is_generated(file: str) -> None:
+    require_passes("0", fake.why_not(), str(HERE / file))
+
+
+@pytest.mark.parametrize("file", ["interpreting.py", "breaking.py"])
+def test_what_is_interpreted(file: str) -> None:
+    require_passes("1", interpret.why_not(), str(HERE / file))
+
+
+def rehearsed(*arguments: str) -> None:
+    tests = HERE.parent / "gpu"
+    own = ["-c", str(tests / "pytest.ini"), str(tests), "--rehearse", "--interpret"]
+    require_passes("1", interpret.why_not(), *own, *arguments)
+
+
+def test_what_a_gpu_is_for_through_its_kernels() -> None:
+    rehearsed("-k", REHEARSED)
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_is_for_through_its_kernels() -> None:
+    rehearsed()

@@ -55,10 +55,13 @@ def _in_time(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if option(request.config, INTERPRET):
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether kernels for GPUs run in Triton's interpreter."""
+    asked = bool(option(request.config, INTERPRET))
+    if asked:
         assert os.environ.get("TRITON_INTERPRET") == "1", "set it before triton is imported"
         monkeypatch.setattr(fit, "DEVICES", ("cpu",))
+    return asked
 
 
 @pytest.fixture(autouse=True)

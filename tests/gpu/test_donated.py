@@ -125,8 +125,12 @@ def test_slots_on_the_cpu_are_refused(device: str) -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_kind
-def test_16_bits(name: str, dtype: torch.dtype, compiled: bool, device: str) -> None:
+def test_16_bits(
+    name: str, dtype: torch.dtype, compiled: bool, device: str, interpreted: bool
+) -> None:
     """Each step is the wide one rounded once, params and slots."""
+    # Triton's interpreter cuts bfloat16 off where the device rounds it to the nearest.
+    most = 1.02 if interpreted and dtype is torch.bfloat16 else 0.51
     opt, plain = ALGORITHMS[name](BACKWARD), ALGORITHMS[name](None)
     params = moved(weights(dtype), device)
     state = opt.init(params)
@@ -139,7 +143,7 @@ def test_16_bits(name: str, dtype: torch.dtype, compiled: bool, device: str) -> 
         have = everything(params, state)
         for key, t in want.items():
             # Half a unit in the last place, and a bit of float32's own.
-            allowed = 0.51 * torch.finfo(dtype).eps * t.abs() + 1e-6
+            allowed = most * torch.finfo(dtype).eps * t.abs() + 1e-6
             assert bool(((have[key] - t).abs() <= allowed).all()), key
         assert distance(want, without) > 1e-3
 

@@ -1,6 +1,7 @@
 """Whole training steps on a device, against the same in float64 on the CPU."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,11 @@ from tests.models import ConvNet
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
 
 STEPS = 5
+KINDS: dict[str, Callable[[Any], gcfunc.Optimizer]] = {
+    "sgd-momentum": ALGORITHMS["sgd-momentum"],
+    # A bias before a BatchNorm has a gradient of rounding errors, which a small eps makes large.
+    "adamw": lambda gc: gcfunc.adamw(1e-2, eps=1e-3, gc=gc),
+}
 HOW: dict[str, dict[str, Any] | None] = {
     "donated": {"donate": True},
     "CUDA graphs": {"donate": True, "mode": "reduce-overhead"},
@@ -39,7 +45,7 @@ def trained(
 ) -> tuple[Params, list[float]]:
     """Params and buffers, and the losses, after steps on the device and in the dtype it has."""
     weight = next(model.parameters())
-    step: Any = gcfunc.train_step(model, F.cross_entropy, ALGORITHMS[name](gc))
+    step: Any = gcfunc.train_step(model, F.cross_entropy, KINDS[name](gc))
     step = step if how is None else gcfunc.compile(step, **how)
     train, losses = step.init(), []
     for images, labels in data():
@@ -53,7 +59,7 @@ def trained(
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_training_step(name: str, how: str, device: str) -> None:
     torch.manual_seed(0)
     model = ConvNet()

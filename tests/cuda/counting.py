@@ -1,0 +1,110 @@
+"""What gcfunc's steps launch and move. `test_cuda.py` runs this in a process of its own."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import gcfunc
+from benchmarks.cuda.generated import generated_by
+from benchmarks.cuda.rows import OPERATORS
+from benchmarks.cuda.steps import machine_code, optimizer_step
+from benchmarks.cuda_code import CASES, COUNTED, counted, expected
+from benchmarks.harness.shapes import MODELS, Shapes, gpt2
+from benchmarks.peers.algorithms import COMPARED, OURS
+from gcfunc import Units
+from gcfunc._rows import fit
+
+SMALL: Shapes = {"conv": (8, 3, 7, 7), "linear": (10, 2048), "long": (2, 9000), "bias": (10,)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts_are_those_recorded(case: str) -> None:
+    found = counted(**CASES[case])
+    assert {name: found[name] for name in COUNTED} == expected()[case]
+    # The least there can be, whatever is recorded.
+    assert found["passes"] == found["least_passes"]
+    assert found["temporaries"] == 0
+    assert found["launches"] <= 8
+
+
+def test_all_that_is_recorded_is_counted() -> None:
+    assert {*expected()} == {*CASES}
+
+
+@pytest.mark.parametrize("algorithm", COMPARED)
+def test_kernels_spill_no_registers_and_read_vectors(algorithm: str) -> None:
+    step = optimizer_step(OURS[algorithm]("gc"), MODELS["resnet50"]())
+    _, compiled = machine_code(step.graphs, step.rows)
+    assert len(compiled) == 6
+    for kernel in compiled:
+        assert kernel.registers <= 128
+        assert kernel.spilled == 0
+        # Rows of 147 alone, of the stem, are read number by number.
+        assert kernel.vector_loads >= 12 or kernel.blocks["VECTOR"] == 1
+    assert sum(kernel.blocks["VECTOR"] == 1 for kernel in compiled) == 1
+
+
+def test_depth_changes_nothing() -> None:
+    shallow, deep = (optimizer_step(OURS["adamw"]("gc"), gpt2(n)) for n in (2, 48))
+    assert shallow.launches == deep.launches
+    kernels = [{(r.source, n.shape) for r in s.rows for n in r.launches} for s in (shallow, deep)]
+    assert kernels[0] == kernels[1]
+
+
+def test_what_the_row_kernel_cannot_take_is_fused_by_inductor() -> None:
+    gc = gcfunc.GC(where=lambda name, t: Units(dim=1) if name == "linear" else t.ndim > 1)
+    step = optimizer_step(OURS["sgd"](gc), SMALL)
+    (graph,) = step.graphs
+    assert len(graph.launches) == 1
+    assert not graph.externs
+    assert step.scalars == ["aten.add_.Tensor"]  # the counter's; others are made in the kernels
+    assert step.temporaries == 0
+    assert step.passes == pytest.approx(5, abs=0.01)
+
+
+def test_a_pure_step_reads_and_writes_no_more() -> None:
+    step = optimizer_step(OURS["adamw"]("gc"), SMALL, donate=False)
+    (graph,) = step.graphs
+    assert [call.name for call in graph.externs] == [OPERATORS[1]]
+    assert step.passes == pytest.approx(7, abs=0.01)
+    assert step.temporaries == 0
+    (rows,) = step.rows
+    # The count and the copies of hyperparameters.
+    assert step.launches == len(rows.launches) + 2
+
+
+def test_a_training_step_updates_in_place_in_its_graph() -> None:
+    """On the CPU: without a GPU, CUDA builds of torch have no backward pass for fake tensors."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
+    train_step = gcfunc.train_step(model, nn.functional.cross_entropy, OURS["adamw"]("gc"))
+    inputs, targets = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+    with mock.patch.object(fit, "DEVICES", ("cpu",)):
+        step = gcfunc.compile(train_step, dynamic=False)
+        train = step.init()
+        (graph,) = generated_by(lambda: step.step(train, inputs, targets))
+    (call,) = (call for call in graph.externs if call.name in OPERATORS)
+    assert call.name == OPERATORS[0]
+    params, slots, *_ = call.arguments
+    # The graph's own inputs, and copied nowhere.
+    names = [name.strip() for group in (params, slots) for name in group.strip("[]").split(",")]
+    assert len(names) == 3 * len(train.params)
+    assert all(name.startswith("arg") for name in names)
+    others = [given for c in graph.externs if c != call for given in c.arguments if given in names]
+    assert {*others} <= {*call.arguments[0].strip("[]").split(", ")}  # the model reads its params
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_what_cuda_graphs_write_stays_where_it_is(mode: str) -> None:
+    """Inductor makes none otherwise."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    train_step = gcfunc.train_step(model, nn.functional.mse_loss, OURS["sgd"]("gc"))
+    with mock.patch.object(fit, "DEVICES", ("cpu",)):
+        step = gcfunc.compile(train_step, mode=mode, dynamic=False)
+        train = step.init()
+        (graph,) = generated_by(lambda: step.step(train, torch.randn(3, 4), torch.randn(3, 4)))
+    written = 2 * len(train.params) + len(train.buffers)
+    assert len(graph.moves) == (0 if mode == "reduce-overhead" else written)
