@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -52,15 +53,39 @@ class Launcher:
         self._tables: OrderedDict[Addresses, _Table] = OrderedDict()
         self._spare: Tensor | None = None
         self._has_run = False
+        self._uploaded: tuple[Any, Any] | None = None
 
     def prepared(self, columns: Addresses, scalars: Sequence[Tensor]) -> Callable[[], None]:
         """What runs the program, all of it compiled; ``scalars`` are 0-d tensors anywhere."""
         scalars = near(scalars, self.device)
         with on_device(self.device):
-            table = None if _capturing(self.device) else self._tables.get(columns)
+            capturing = _capturing(self.device)
+            table = None if capturing else self._tables.get(columns)
             if table is None:
                 table = self._table(columns, scalars)
+                self._note_upload(capturing)
+            elif self._uploaded is not None:
+                self._wait_for_upload(table)
         return partial(self._launch, *table, scalars)
+
+    def _note_upload(self, capturing: bool) -> None:
+        if self.device.type == "cuda" and not capturing:
+            stream = torch.cuda.current_stream(self.device)
+            if self._uploaded is not None and self._uploaded[0] != stream:
+                stream.wait_event(self._uploaded[1])
+            self._uploaded = stream, stream.record_event()
+
+    def _wait_for_upload(self, table: _Table) -> None:
+        """Another stream than the one that made the tables has to be told, the device alone waits.
+
+        While a CUDA graph is captured nobody waits: what comes before has ended by then.
+        """
+        uploaded, stream = self._uploaded, torch.cuda.current_stream(self.device)
+        if uploaded is not None and uploaded[0] != stream:
+            stream.wait_event(uploaded[1])
+            addresses, runs = table
+            for t in (addresses, *(t for run in runs for t in (run.programs, run.shapes))):
+                t.record_stream(stream)
 
     def _launch(self, addresses: Tensor, runs: Sequence[_Run], scalars: Sequence[Tensor]) -> None:
         with on_device(self.device):
@@ -168,7 +193,7 @@ def _on(device: torch.device, host: Tensor) -> Tensor:
 def kernels_of(source: str) -> tuple[Any, Any]:
     """The kernels of a program."""
     # Triton reads the text of a function, which Python finds for a file of any name here.
-    name = f"<gcfunc rows {hash(source):x}>"
+    name = f"<gcfunc rows {zlib.crc32(source.encode()):08x}>"
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     scope: dict[str, Any] = {"__name__": "gcfunc._rows.generated"}
     exec(compile(source, name, "exec"), scope)

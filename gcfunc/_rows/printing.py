@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 TYPES: Mapping[torch.dtype, str] = {
     torch.float16: "tl.float16",
@@ -27,14 +27,20 @@ class UnprintableError(Exception):
 
 def dtype_of(node: fx.Node) -> torch.dtype:
     """The dtype of what a node gives."""
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
+    return _value(node).dtype
 
 
 def is_scalar(node: fx.Node) -> bool:
     """Whether a node gives one number, the same for all entries."""
-    dimensions: int = node.meta["val"].ndim
-    return dimensions == 0
+    return _value(node).ndim == 0
+
+
+def _value(node: fx.Node) -> Tensor:
+    """What a node gave while it was traced."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise UnprintableError(f"{node.target} gives several tensors")
+    return value
 
 
 def statements(nodes: Iterable[fx.Node]) -> list[str]:
