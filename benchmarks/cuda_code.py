@@ -17,7 +17,12 @@ all of it is compiled to machine code, and none of it runs. These are printed, o
 - estimate_us, torch_fused_estimate_us: bytes over an H100's bandwidth, and 2 us for each launch. An
   estimate and no measurement.
 
---update counts all steps that make test expects the counts of, and records them.
+With --eager, of the functional step that is not compiled, the launches and passes alone, and
+centralizing: those launches of which each centralizes one gradient, by one read and one write, as
+hooks do too.
+
+--update counts all steps that make test expects the counts of, and records them, and the table in
+docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ import torch
 
 from benchmarks.cuda.fake import why_not
 from benchmarks.cuda.roofline import estimate, fused_launches
-from benchmarks.cuda.steps import Step, machine_code, optimizer_step
+from benchmarks.cuda.steps import Step, eager_step, machine_code, optimizer_step
 from benchmarks.harness.shapes import MODELS
 from benchmarks.peers.algorithms import COMPARED, OURS
 from gcfunc import GC
@@ -42,6 +47,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 EXPECTED = Path(__file__).parent / "expected" / "cuda.json"
 """The same for every version of torch."""
+PAGE = Path(__file__).parents[1] / "docs" / "cuda.md"
+BEGIN, END = "<!-- counts -->\n", "<!-- /counts -->\n"
 COUNTED = ("launches", "scalar_launches", "passes", "temporaries", "torch_fused_launches")
 """What is expected there."""
 
@@ -112,6 +119,16 @@ def counted(
     return found | _fused(step, [prod(s) for s in shapes.values()], slots)
 
 
+def eager(model: str, algorithm: str, gc: GC | None) -> Figures:
+    """What a step is made of that is not compiled."""
+    step = eager_step(OURS[algorithm](gc), MODELS[model]())
+    return {
+        "launches": step.launches,
+        "centralizing": step.rows,
+        "passes": round(step.passes, 3),
+    }
+
+
 def expected() -> dict[str, Figures]:
     """What is recorded."""
     found: dict[str, Figures] = json.loads(EXPECTED.read_text("utf-8"))
@@ -126,6 +143,23 @@ def record() -> None:
         found[name] = {key: figures[key] for key in COUNTED}
         print(name, found[name])
     EXPECTED.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    page = PAGE.read_text("utf-8")
+    before, _, after = page.partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + after.partition(END)[2], "utf-8")
+
+
+def table() -> str:
+    """What is recorded of the models, in Markdown: launches and passes, the least in brackets."""
+    found = expected()
+    lines = [["model", *(f"{a}{' packed' * p}" for a in COMPARED for p in (False, True))]]
+    lines.append(["---"] * len(lines[0]))
+    for model in MODELS:
+        cells = []
+        for algorithm, packed in itertools.product(COMPARED, (False, True)):
+            own = found[f"{model}-{algorithm}{'-packed' * packed}"]
+            cells.append(f"{own['launches']}, {own['passes']:g}")
+        lines.append([model, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _fused(step: Step, numels: list[int], slots: int) -> Figures:
@@ -149,6 +183,7 @@ def main() -> None:
     parser.add_argument("--algorithm", choices=OURS, default="adamw")
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--pure", action="store_true", help="donate=False")
+    parser.add_argument("--eager", action="store_true", help="not compiled")
     parser.add_argument("--no-gc", action="store_true")
     parser.add_argument("--at", choices=("gradient", "update"), default="gradient")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -160,15 +195,19 @@ def main() -> None:
     if args.update:
         record()
         return
-    found = counted(
-        args.model,
-        args.algorithm,
-        packed=args.packed,
-        pure=args.pure,
-        gc=None if args.no_gc else GC(at=args.at),
-        dtype=DTYPES[args.dtype],
-        compiled=True,
-    )
+    gc = None if args.no_gc else GC(at=args.at)
+    if args.eager:
+        found = eager(args.model, args.algorithm, gc)
+    else:
+        found = counted(
+            args.model,
+            args.algorithm,
+            packed=args.packed,
+            pure=args.pure,
+            gc=gc,
+            dtype=DTYPES[args.dtype],
+            compiled=True,
+        )
     if args.json:
         print(json.dumps(found))
         return

@@ -23,6 +23,7 @@ from benchmarks.cuda.passes import launched, total
 from benchmarks.cuda.registers import Compiled, compiled
 from benchmarks.cuda.rows import OPERATORS, Rows, in_graph, recorded
 from gcfunc import Optimizer
+from gcfunc._rows import fit
 
 Trees = tuple[Any, Any, Any]
 
@@ -149,21 +150,62 @@ def machine_code(graphs: list[Generated], rows: list[Rows]) -> tuple[float, list
     return time.perf_counter() - start, found
 
 
+@dataclass(frozen=True)
+class Eager:
+    """A step that is not compiled.
+
+    Attributes:
+        launches: Operations on the device, of which torch may split those of many tensors.
+        passes: Of all that they read and write.
+        rows: How many of the launches centralize a gradient, reading and writing it once.
+    """
+
+    launches: int
+    passes: float
+    rows: int
+
+
+def eager_step(opt: Optimizer, shapes: Mapping[str, tuple[int, ...]]) -> Eager:
+    """The pure step of an optimizer, not compiled, for parameters of these shapes."""
+    rows: list[int] = []
+
+    def on_rows(formula: object, g: Tensor) -> Tensor | None:
+        """The kernel for one gradient, which takes no fakes."""
+        if not fit.in_rows([g]):
+            return None
+        rows.append(2 * g.nbytes)
+        return torch.empty_strided(g.size(), g.stride(), dtype=g.dtype, device=g.device)
+
+    with device():
+        params = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
+        grads, state = tree_map(torch.empty_like, params), opt.init(params)
+        with mock.patch("gcfunc._centralization.kinds.on_rows", on_rows), _Outside() as outside:
+            opt.step(params, grads, state)
+        numel = sum(t.numel() for t in params.values())
+    passes = (outside.moved + sum(rows)) / (4 * numel)
+    return Eager(len(outside.found) + len(rows), passes, len(rows))
+
+
 class _Outside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what is computed on the device."""
+    """Notes what is computed on the device, and the bytes of what that reads and writes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
+        self.moved = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         made = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)]
+        leaves = tree_leaves((args, kwargs, made))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
         # Views launch nothing, and are marked by their schema.
-        if any(t.device.type == "cuda" for t in tensors) and not func.is_view:
+        on_device = any(t.device.type == "cuda" for t in tensors)
+        computes = func.namespace != "prim" and not str(func).startswith("aten.empty")
+        if on_device and computes and not func.is_view:
             self.found.append(str(func))
+            self.moved += sum(t.nbytes for t in tensors)
         return made
 
 

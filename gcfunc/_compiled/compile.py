@@ -44,7 +44,8 @@ def compile(  # noqa: A001
 
     A step is one graph. Donated, and on the CPU, a large model's is several, those for repeated
     layers compiled once: there the time to compile goes by the number of tensors, see also
-    :func:`gcfunc.pack`.
+    :func:`gcfunc.pack`. On CUDA it is a few launches of one Triton kernel for all tensors, which is
+    compiled in seconds; donated, those need no graph.
 
     Args:
         opt: Any optimizer of this library, or a whole :func:`gcfunc.train_step`.

@@ -9,8 +9,8 @@ from torch import nn
 import gcfunc
 from benchmarks.cuda.generated import generated_by
 from benchmarks.cuda.rows import OPERATORS
-from benchmarks.cuda.steps import machine_code, optimizer_step
-from benchmarks.cuda_code import CASES, COUNTED, counted, expected
+from benchmarks.cuda.steps import eager_step, machine_code, optimizer_step
+from benchmarks.cuda_code import BEGIN, CASES, COUNTED, END, PAGE, counted, expected, table
 from benchmarks.harness.shapes import MODELS, Shapes, gpt2
 from benchmarks.peers.algorithms import COMPARED, OURS
 from gcfunc import Units
@@ -31,6 +31,10 @@ def test_counts_are_those_recorded(case: str) -> None:
 
 def test_all_that_is_recorded_is_counted() -> None:
     assert {*expected()} == {*CASES}
+
+
+def test_the_page_has_what_is_recorded() -> None:
+    assert BEGIN + table() + END in PAGE.read_text("utf-8")
 
 
 @pytest.mark.parametrize("algorithm", COMPARED)
@@ -73,6 +77,16 @@ def test_a_pure_step_reads_and_writes_no_more() -> None:
     (rows,) = step.rows
     # The count and the copies of hyperparameters.
     assert step.launches == len(rows.launches) + 2
+
+
+def test_an_eager_step_centralizes_each_gradient_in_one_launch() -> None:
+    shapes = MODELS["resnet50"]()
+    weights = [shape for shape in shapes.values() if len(shape) > 1]
+    for algorithm in COMPARED:
+        own, plain = (eager_step(OURS[algorithm](gc), shapes) for gc in ("gc", None))
+        assert own.rows == len(weights)
+        assert own.launches == plain.launches + len(weights)
+        assert own.passes - plain.passes == pytest.approx(2, abs=0.01)  # all but vectors
 
 
 def test_a_training_step_updates_in_place_in_its_graph() -> None:
