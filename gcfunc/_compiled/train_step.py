@@ -100,7 +100,8 @@ class _PlannedTraining(Planned):
         plan, graphs = self._plan_for(flat, flat.leaves, train.state, train.buffers)
         buffers = dict(train.buffers)
         if LOSES_0D_FLOAT64:
-            buffers = {n: b if b.ndim else as_vector(b) for n, b in buffers.items()}
+            lost = [n for n, b in buffers.items() if not b.ndim and b.dtype is torch.float64]
+            buffers |= {name: as_vector(buffers[name]) for name in lost}
         made_inside = [None] * len(flat.leaves)
         try:
             [results] = self._call(plan, graphs, made_inside, train.state, buffers, inputs, targets)
