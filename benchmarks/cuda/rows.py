@@ -66,14 +66,14 @@ class Rows:
         whole, long = kernels_of(self.source)
         constants = compiled_in(launch.shape, self.dtype)
         warps = constants.pop("num_warps")
-        given = {"programs": "*i32", "shapes": "*i64", "addresses": "*i64"}
-        given |= {f"scalar_{i}": POINTERS[dtype] for i, dtype in enumerate(self.scalars)}
+        tables = {"programs": "*i32", "shapes": "*i64", "addresses": "*i64"}
+        given = tables | {f"scalar_{i}": POINTERS[dtype] for i, dtype in enumerate(self.scalars)}
         binary: Any = triton.compile(
             ASTSource(
                 long if launch.shape.long else whole,
                 given | dict.fromkeys(constants, "constexpr"),
                 constexprs=constants,
-                attrs={(i,): [["tt.divisibility", 16]] for i in range(len(given))},
+                attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
             ),
             target=GPUTarget("cuda", 90, 32),
             options={"num_warps": warps},

@@ -140,7 +140,7 @@ def _printed(graph: fx.Graph, dtype: torch.dtype, reads: int, alone: bool) -> Pr
         *_indented([*each, *loaded([*rest, *results]), *statements(rest), *stores]),
     ]
     own = [f"at_{i}" for i in range(columns)] + ["width", "numel"]
-    given = own if alone else ["programs", "shapes", "addresses"]
+    given = own if alone else [*_TABLES]
     arguments = [*given, *(f"scalar_{i}" for i in range(len(scalars)))]
     lines = [
         *_HEAD,
@@ -156,6 +156,7 @@ def _pointer(i: int, columns: int, dtype: torch.dtype, alone: bool) -> str:
     return f"at_{i} = tl.multiple_of({f'at_{i}' if alone else at}, ALIGNED)"
 
 
+_TABLES = ("programs", "shapes", "addresses")
 _FROM_TABLES = (
     "program = tl.program_id(0)",
     "tensor = tl.load(programs + 2 * program).to(tl.int64)",
@@ -191,8 +192,11 @@ def row_mean(x, mask, count, centralized):
 
 
 def _kernel(name: str, arguments: Sequence[str], body: Sequence[str]) -> Iterator[str]:
+    # Triton would compile anew for a scalar at another address, or a width divisible by 16.
+    single = [name for name in arguments if name not in _TABLES]
     constants = [f"{name}: tl.constexpr" for name in ("VECTOR", "ALIGNED", "ROWS", "BLOCK")]
-    yield from ("", "", "@triton.jit", f"def {name}({', '.join([*arguments, *constants])}):")
+    yield from ("", "", f"@triton.jit(do_not_specialize={single!r})")
+    yield f"def {name}({', '.join([*arguments, *constants])}):"
     yield from _indented(body)
 
 
