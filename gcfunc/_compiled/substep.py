@@ -118,6 +118,7 @@ class SubStep:
         """The function to compile. It holds on to none of the tensors."""
         buckets, whole, views = self._buckets, self._whole, self._views
         programs = self._programs
+        outside = [computed_outside(bucket.device) for bucket in buckets]
 
         def update(
             params: list[Tensors], grads: list[Tensors], slots: list[Slots], scalars: list[Scalars]
@@ -133,11 +134,7 @@ class SubStep:
                 if program is not None:
                     update_in_graph(program, bucket, params[i], gs, slots[i], scalars[i])
                     continue
-                made = (
-                    scalars[i]
-                    if computed_outside(bucket.device)
-                    else scalars_in(bucket, scalars[i])
-                )
+                made = scalars[i] if outside[i] else scalars_in(bucket, scalars[i])
                 new, new_slots = bucket.update(params[i], gs, slots[i], made)
                 _write(params[i], new)
                 for slot, values in new_slots.items():
