@@ -106,6 +106,7 @@ class Compiled:
 
     def init(self, params: Tree) -> State:
         """As :meth:`gcfunc.Optimizer.init`."""
+        self._rows.prepare()
         return self._opt.init(params)
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:

@@ -9,9 +9,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from gcfunc._compiled.threads import Dispatched, compiling
+from gcfunc._compiled.threads import Dispatched
 from gcfunc._rows import fit
 from gcfunc._step.bucket import Bucket
+from gcfunc._tensors import compiling
 from gcfunc._tensors.versions import COUNTS_RECOMPILES_TOGETHER
 
 P = ParamSpec("P")
@@ -103,7 +104,7 @@ class Graph:
             self._may_compile = True  # torch.compile traces it when it is called
         found = self.compiled_for(arguments)
         if found is None:
-            with compiling():
+            with compiling.alone():
                 found = self.compiled_for(arguments)  # another thread may have compiled it
                 if found is None:
                     found = self._compiled.aot_compile((arguments, {}))

@@ -53,7 +53,7 @@ class PureRows:
 
     def prepare(self) -> None:
         """Make the programs, which cannot be done while a step is traced."""
-        if self._programs is None:
+        if self._programs is None and not torch.compiler.is_compiling():
             possible = self._possible and fit.is_anywhere()
             self._programs = {
                 (key, dtype): program_for(algorithm, dtype)

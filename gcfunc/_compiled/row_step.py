@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gcfunc._centralization.formula import Projection
 from gcfunc._compiled.rows import laid_out_like, program_for, width_of
@@ -30,7 +33,8 @@ class RowStep:
             [sharding.local(state.slots[slot][name]) for name in bucket.names]
             for slot in bucket.algorithm.slots
         ]
-        self._layouts = [(p.size(), p.stride()) for p in self._params]
+        self._slots = [t for values in slots for t in values]
+        self._like = [_kind(p) for p in self._params]
         problems: list[Problem] = []
         self._places: list[tuple[int, int]] = []
         for i, (projection, p) in enumerate(zip(bucket.projections, self._params, strict=True)):
@@ -50,18 +54,37 @@ class RowStep:
     def prepared(self, gs: Sequence[Tensor | None], state: State) -> Callable[[], None]:
         """What updates params and slots from gradients for each leaf; the step is not counted."""
         own = self._bucket.pick(gs)
-        if [(g.size(), g.stride()) for g in own] != self._layouts:
-            own = [laid_out_like(g, p) for g, p in zip(own, self._params, strict=True)]
+        if not _PLAIN.issuperset(map(type, own)):
+            # One that a process still waits for has no address; copied, it is a plain tensor.
+            own = [g if type(g) in _PLAIN else g.clone() for g in own]
+        if [_kind(g) for g in own] != self._like:
+            own = [_fitting(g, p) for g, p in zip(own, self._params, strict=True)]
         params, *slots = self._written
         columns = (params, self._addresses(own), *slots, params, *slots)
         hyperparams = self._bucket.own(state.hyperparams)
         launch = self.launcher.prepared(columns, [state.step, *hyperparams.values()])
-        return partial(_while_kept, launch, own)
+        return partial(self._run, launch, own)
+
+    def _run(self, launch: Callable[[], None], grads: Tensors) -> None:
+        """Launch, while the gradients are kept: the kernel knows nothing but addresses."""
+        launch()
+        # As if torch had written: autograd refuses to go back through what has changed since.
+        torch.autograd.graph.increment_version([*self._params, *self._slots])
 
 
-def _while_kept(launch: Callable[[], None], tensors: Tensors) -> None:
-    """Launch, while the tensors are kept: the kernel knows nothing but their addresses."""
-    launch()
+_PLAIN = frozenset({Tensor, Parameter})
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    """What a gradient has in common with its parameter."""
+    return t.size(), t.stride(), t.dtype, t.device
+
+
+def _fitting(g: Tensor, p: Tensor) -> Tensor:
+    """A gradient in its parameter's layout, or an error, which the caller puts in words."""
+    if (g.size(), g.dtype, g.device) != (p.size(), p.dtype, p.device) or type(g) not in _PLAIN:
+        raise ValueError("a gradient does not fit its parameter")
+    return laid_out_like(g, p)
 
 
 def _problems(

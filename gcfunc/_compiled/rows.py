@@ -23,7 +23,7 @@ from gcfunc._tensors import sharding
 from gcfunc._tensors.lists import Tensors
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _formula(
     algorithm: ListAlgorithm, dtype: torch.dtype, projection: Projection | None
 ) -> Formula:
@@ -77,6 +77,6 @@ def width_of(projection: Projection | None, leaf: Tensor) -> int | None:
 
 def laid_out_like(g: Tensor, p: Tensor) -> Tensor:
     """A gradient in the memory layout of its parameter."""
-    if g.stride() == p.stride():
+    if g.stride() == p.stride() or fit.order(g) == fit.order(p):
         return g
     return torch.empty_strided(p.size(), p.stride(), dtype=g.dtype, device=g.device).copy_(g)

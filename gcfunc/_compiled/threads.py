@@ -10,21 +10,19 @@ graph is traced, and guards only a part of it:
 - Below torch 2.14, calls of compiled functions are refused while another thread traces:
   https://github.com/pytorch/pytorch/issues/126024.
 
-So all compilations of ours have a lock here, and where a call may compile is found out first.
+So all compilations of ours have a lock, and where a call may compile is found out here first.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from gcfunc._tensors import trees
+from gcfunc._tensors import compiling, trees
 from gcfunc._tensors.versions import CONFIGURES_THREADS_TOGETHER, TRACES_THREADS_TOGETHER
 
 P = ParamSpec("P")
@@ -33,19 +31,6 @@ R = TypeVar("R")
 PATIENCE = 60.0
 """For how many seconds a call waits for another, lest a graph be compiled twice."""
 MOST_KNOWN = 1024
-
-_lock = threading.RLock()  # a thread that compiles may call what is compiled
-
-
-@contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """While this thread compiles, no other one does, be it ours or a user's."""
-    with _lock:
-        # Here, as it takes seconds to import. Private, and what torch itself takes everywhere else.
-        from torch._dynamo import convert_frame
-
-        with getattr(convert_frame, "compile_lock", contextlib.nullcontext()):
-            yield
 
 
 class Dispatched(Generic[P, R]):
@@ -64,17 +49,17 @@ class Dispatched(Generic[P, R]):
         """Call it."""
         if torch.compiler.is_dynamo_compiling():
             return self._function(*args, **named)
-        alone = _lock.acquire(blocking=False)
+        alone = compiling.lock.acquire(blocking=False)
         try:
             if alone and threading.active_count() == 1:
                 return _patiently(self._function, *args, **named)
             like = _signature([args, named])
             if not alone and (self._always_waits or like not in self._known):
-                alone = _lock.acquire(timeout=PATIENCE)
+                alone = compiling.lock.acquire(timeout=PATIENCE)
             result = _patiently(self._function, *args, **named)
         finally:
             if alone:
-                _lock.release()
+                compiling.lock.release()
         if len(self._known) < MOST_KNOWN:
             self._known.add(like)
         return result
@@ -97,7 +82,7 @@ def _patiently(function: Callable[P, R], *args: P.args, **named: P.kwargs) -> R:
         # Raised before anything ran.
         if not TRACES_THREADS_TOGETHER or "using FX to symbolically trace" not in str(error):
             raise
-    with compiling():
+    with compiling.alone():
         return function(*args, **named)
 
 
@@ -108,11 +93,3 @@ def _signature(tree: Any) -> Hashable:
         for t in trees.leaves_of(tree)
     ]
     return torch.is_grad_enabled(), torch.get_num_threads(), *leaves
-
-
-if hasattr(os, "register_at_fork"):
-    # A child has but the thread that forks. Were another one compiling, its patches of torch would
-    # stay in the child for ever, and so would its lock.
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )

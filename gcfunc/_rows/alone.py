@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import torch
@@ -22,9 +23,12 @@ def on_rows(formula: Formula, g: Tensor) -> Tensor | None:
     if (
         torch.compiler.is_compiling()
         or not fit.is_for(g.device)
+        or g.device in _BROKEN
         or type(g) is not Tensor
-        or not fit.in_rows([g])
+        or g.is_neg()
         or not g.numel()
+        or not fit.in_rows([g])
+        or _is_traced()
     ):
         return None
     program = program_of(formula, g.dtype, 1, (), alone=True)
@@ -32,16 +36,35 @@ def on_rows(formula: Formula, g: Tensor) -> Tensor | None:
         return None
     problem = Problem(g.numel(), g.numel() // g.shape[0])
     new = torch.empty_strided(g.size(), g.stride(), dtype=g.dtype, device=g.device)
-    whole, long = kernels_of(program.source)
     most = BYTES // g.itemsize
     even = problem.row % most == 0 and (g.data_ptr() | new.data_ptr()) % BYTES == 0
     shape = shape_of(problem.row, most if even else 1)
     grid = (-(-problem.rows // shape.rows),)
     constants = _constants(shape, g.dtype)
-    with on_device(g.device):
+    try:
+        whole, long = kernels_of(program.source)
         kernel = long if shape.long else whole
-        kernel[grid](g, new, problem.row, problem.numel, **constants)
+        with on_device(g.device):
+            kernel[grid](g, new, problem.row, problem.numel, **constants)
+    except Exception as error:
+        # No compiler for C, say. What was two operations before is so again.
+        _BROKEN.add(g.device)
+        warnings.warn(f"Triton's kernels do not start on {g.device}: {error}", stacklevel=2)
+        return None
     return new
+
+
+_BROKEN: set[torch.device] = set()
+"""Where a kernel did not start."""
+
+
+def _is_traced() -> bool:
+    """Whether something takes down the operations of torch, of which the kernel is none."""
+    # Private: torch has no public way to ask for its dispatch modes.
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or is_in_torch_dispatch_mode()
 
 
 _constants = lru_cache(maxsize=256)(compiled_in)

@@ -15,6 +15,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST = 2**18
 """A longer row takes one program too long."""
 
+MOST = 2**31
+"""So many rows are not to be counted in 32 bits."""
+
 
 @cache
 def has_triton() -> bool:
@@ -32,10 +35,19 @@ def is_anywhere() -> bool:
     return has_triton() and any(torch.get_device_module(d).is_available() for d in DEVICES)
 
 
+def order(t: Tensor) -> list[tuple[int, int]]:
+    """How a tensor lies in memory: where a size is 1, a stride says nothing."""
+    return [(size, step) for size, step in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
 def without_gaps(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape lie in memory alike, and without gaps."""
     first, extent = tensors[0], 1
-    if any(t.stride() != first.stride() for t in tensors):
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False  # sizes may be symbols, which cannot be sorted
+    if any(order(t) != order(first) for t in tensors):
         return False
     for stride, size in sorted(zip(first.stride(), first.shape, strict=True)):
         if size > 1 and stride != extent:
@@ -50,4 +62,5 @@ def in_rows(tensors: Sequence[Tensor]) -> bool:
     if not without_gaps(tensors) or first.numel() == 0:
         return first.numel() == 0
     width = first.numel() // first.shape[0]
-    return width <= LONGEST and (first.shape[0] == 1 or first.stride(0) == width)
+    outermost = first.shape[0] == 1 or first.stride(0) == width
+    return width <= LONGEST and first.shape[0] < MOST and outermost

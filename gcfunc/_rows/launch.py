@@ -37,6 +37,17 @@ class _Run(NamedTuple):
     constants: dict[str, int]
 
 
+class _Table(NamedTuple):
+    addresses: Tensor
+    runs: list[_Run]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that kernels read of it on the device."""
+        yield self.addresses
+        for run in self.runs:
+            yield from (run.programs, run.shapes)
+
+
 class Launcher:
     """A program for problems of given sizes on one device."""
 
@@ -51,48 +62,36 @@ class Launcher:
         self.dtype, self.device = dtype, device
         self._runs: dict[tuple[bool, ...], list[_Run]] = {}
         self._tables: OrderedDict[Addresses, _Table] = OrderedDict()
+        self._streams = _Streams()
         self._spare: Tensor | None = None
-        self._has_run = False
-        self._uploaded: tuple[Any, Any] | None = None
 
     def prepared(self, columns: Addresses, scalars: Sequence[Tensor]) -> Callable[[], None]:
-        """What runs the program, all of it compiled; ``scalars`` are 0-d tensors anywhere."""
-        scalars = near(scalars, self.device)
-        with on_device(self.device):
-            capturing = _capturing(self.device)
-            table = None if capturing else self._tables.get(columns)
-            if table is None:
-                table = self._table(columns, scalars)
-                self._note_upload(capturing)
-            elif self._uploaded is not None:
-                self._wait_for_upload(table)
-        return partial(self._launch, *table, scalars)
+        """What runs the program, whose kernels have started once; ``scalars`` are 0-d tensors.
 
-    def _note_upload(self, capturing: bool) -> None:
-        if self.device.type == "cuda" and not capturing:
-            stream = torch.cuda.current_stream(self.device)
-            if self._uploaded is not None and self._uploaded[0] != stream:
-                stream.wait_event(self._uploaded[1])
-            self._uploaded = stream, stream.record_event()
-
-    def _wait_for_upload(self, table: _Table) -> None:
-        """Another stream than the one that made the tables has to be told, the device alone waits.
-
-        While a CUDA graph is captured nobody waits: what comes before has ended by then.
+        Raises:
+            LaunchError: a kernel does not start.
+            RuntimeError: a CUDA graph is captured, and there has been no step like this before.
         """
-        uploaded, stream = self._uploaded, torch.cuda.current_stream(self.device)
-        if uploaded is not None and uploaded[0] != stream:
-            stream.wait_event(uploaded[1])
-            addresses, runs = table
-            for t in (addresses, *(t for run in runs for t in (run.programs, run.shapes))):
-                t.record_stream(stream)
-
-    def _launch(self, addresses: Tensor, runs: Sequence[_Run], scalars: Sequence[Tensor]) -> None:
         with on_device(self.device):
-            for kernel, grid, programs, shapes, constants in runs:
-                with contextlib.nullcontext() if self._has_run else _first(kernel):
-                    kernel[grid](programs, shapes, addresses, *scalars, **constants)
-                self._has_run = True
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return partial(self._launch, self._captured(columns, scalars), scalars)
+            scalars = near(scalars, self.device)
+            table = self._tables.get(columns)
+            is_new = table is None
+            if table is None:
+                table = self._tables[columns] = self._table(columns, scalars)
+                if len(self._tables) > MOST_TABLES:
+                    self._tables.popitem(last=False)
+            if self.device.type == "cuda":
+                if self._spare is None:
+                    self._spare = torch.empty(table.addresses.shape, dtype=torch.int64).pin_memory()
+                self._streams.meet(table, is_new=is_new)
+        return partial(self._launch, table, scalars)
+
+    def _launch(self, table: _Table, scalars: Sequence[Tensor]) -> None:
+        with on_device(self.device):
+            for kernel, grid, programs, shapes, constants in table.runs:
+                kernel[grid](programs, shapes, table.addresses, *scalars, **constants)
 
     def launches(self, aligned: bool = True) -> list[Launch]:
         """What is launched where addresses are multiples of 16 bytes, or none is."""
@@ -101,61 +100,85 @@ class Launcher:
 
     def _table(self, columns: Addresses, scalars: Sequence[Tensor]) -> _Table:
         """The table on the device, and what to run with it."""
-        aligned = tuple(all(a % BYTES == 0 for a in own) for own in zip(*columns, strict=True))
-        host = torch.tensor(columns, dtype=torch.int64).T.contiguous()
-        if _capturing(self.device):
-            # A CUDA graph reads all this whenever it is replayed, so that none of it may ever be
-            # given back; and memory cannot be pinned meanwhile.
-            pinned = host.pin_memory() if self._spare is None else self._spare.copy_(host)
-            self._spare = None
-            addresses = pinned.to(self.device, non_blocking=True)
-        else:
-            if self._spare is None and self.device.type == "cuda":
-                self._spare = torch.empty_like(host).pin_memory()
-            addresses = _on(self.device, host)
+        addresses, aligned = _on(self.device, _rows_of(columns)), _aligned(columns)
         if aligned not in self._runs:
-            sizes = _on(self.device, shapes(self.problems))
+            sizes = _on(self.device, shapes([*self.problems, _NOTHING]))
             own = launches(self.problems, aligned, self.dtype.itemsize)
-            self._runs[aligned] = [self._run(launch, sizes, addresses, scalars) for launch in own]
-        found = addresses, self._runs[aligned]
-        if _capturing(self.device):
-            _CAPTURED.append((pinned, *found))
-            return found
-        self._tables[columns] = found
-        if len(self._tables) > MOST_TABLES:
-            self._tables.popitem(last=False)
-        return found
+            self._runs[aligned] = [self._started(one, sizes, addresses, scalars) for one in own]
+        return _Table(addresses, self._runs[aligned])
 
-    def _run(
+    def _started(
         self, launch: Launch, sizes: Tensor, addresses: Tensor, scalars: Sequence[Tensor]
     ) -> _Run:
+        """A launch whose kernel was compiled, loaded and started, on nothing."""
         whole, long = kernels_of(self.source)
-        shape = launch.shape
-        kernel, grid = long if shape.long else whole, (len(launch.programs),)
-        constants = compiled_in(shape, self.dtype)
+        kernel = long if launch.shape.long else whole
+        constants = compiled_in(launch.shape, self.dtype)
+        nothing = torch.tensor([[len(self.problems), 0]], dtype=torch.int32)
+        try:
+            kernel[(1,)](_on(self.device, nothing), sizes, addresses, *scalars, **constants)
+        except Exception as error:
+            # Triton needs a compiler for C, too.
+            raise LaunchError(f"the kernel {kernel.__name__} does not start: {error}") from error
         programs = _on(self.device, launch.programs)
-        if self.device.type != "cpu":
-            # Compiled now: nothing is written if that fails.
-            with _first(kernel):
-                kernel.warmup(programs, sizes, addresses, *scalars, grid=grid, **constants)
-        return _Run(kernel, grid, programs, sizes, constants)
+        return _Run(kernel, (len(programs),), programs, sizes, constants)
+
+    def _captured(self, columns: Addresses, scalars: Sequence[Tensor]) -> _Table:
+        """A table that a CUDA graph reads whenever it is replayed, and that is kept for ever."""
+        aligned, host = _aligned(columns), self._spare
+        if aligned not in self._runs or host is None:
+            raise RuntimeError(
+                "take a step before a CUDA graph is captured, and one between two captures: "
+                "meanwhile no kernel can be loaded and no memory be pinned"
+            )
+        if any(scalar.device != self.device for scalar in scalars):
+            raise RuntimeError("a CUDA graph needs the state's scalars on the parameters' device")
+        self._spare = None
+        found = _Table(
+            host.copy_(_rows_of(columns)).to(self.device, non_blocking=True), self._runs[aligned]
+        )
+        _CAPTURED.append((host, found))
+        return found
 
 
-_Table = tuple[Tensor, list[_Run]]
 _CAPTURED: list[Any] = []
 
 
-@contextlib.contextmanager
-def _first(kernel: Any) -> Iterator[None]:
-    """What goes wrong here is Triton's: it needs a compiler for C too, at its first launch."""
-    try:
-        yield
-    except Exception as error:
-        raise LaunchError(f"the kernel {kernel.__name__} does not start: {error}") from error
+class _Streams:
+    """Streams that use tables which another one may have made."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Any] | None = None
+        self._several = False
+
+    def meet(self, table: _Table, *, is_new: bool) -> None:
+        """Have the current stream wait for the tables, if it did not make them all.
+
+        The device waits, the host does not.
+        """
+        stream = torch.cuda.current_stream(table.addresses.device)
+        if self._last is not None and (self._several or self._last[0] != stream):
+            self._several = True
+            stream.wait_event(self._last[1])
+            for t in table.tensors():
+                t.record_stream(stream)
+        if is_new:
+            self._last = stream, stream.record_event()
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _aligned(columns: Addresses) -> tuple[bool, ...]:
+    """Whose addresses are all multiples of 16 bytes."""
+    return tuple(all(a % BYTES == 0 for a in own) for own in zip(*columns, strict=True))
+
+
+def _rows_of(columns: Addresses) -> Tensor:
+    """A row of addresses for each problem, and one for :data:`_NOTHING`."""
+    addresses = torch.tensor(columns, dtype=torch.int64).T
+    return torch.cat([addresses, addresses.new_zeros(1, len(columns))])
+
+
+_NOTHING = Problem(0, 16)
+"""What each kernel is started with before it writes anything."""
 
 
 def compiled_in(shape: Shape, dtype: torch.dtype) -> dict[str, int]:
@@ -175,11 +198,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 def near(scalars: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """0-d tensors of 8 bytes on a device: in one copy, for which nobody waits."""
+    """0-d tensors on a device: in one copy, for which nobody waits, if they are on one together."""
     if all(scalar.device == device for scalar in scalars):
         return scalars
-    moved = _on(device, torch.stack([scalar.view(torch.int64) for scalar in scalars]))
-    return [m.view(scalar.dtype) for m, scalar in zip(moved, scalars, strict=True)]
+    if len({scalar.device for scalar in scalars}) > 1:
+        return [near([scalar], device)[0] for scalar in scalars]
+    wide = [s.to(torch.float64 if s.is_floating_point() else torch.int64) for s in scalars]
+    moved = _on(device, torch.stack([scalar.view(torch.int64) for scalar in wide]))
+    return [m.view(scalar.dtype) for m, scalar in zip(moved, wide, strict=True)]
 
 
 def _on(device: torch.device, host: Tensor) -> Tensor:

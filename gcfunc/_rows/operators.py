@@ -17,15 +17,17 @@ from gcfunc._rows.launch import Launcher
 from gcfunc._rows.layout import Problem
 
 _NAMESPACE = "gcfunc"
-_ARGUMENTS = "Tensor[] grads, Tensor[] scalars, str program, int[] widths"
+_ARGUMENTS = "Tensor[] grads, Tensor[] scalars, str program, SymInt[] widths"
 _library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+# A CUDA graph would replay the copy of a table whose memory is given back.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe)
 _library.define(
     f"step_rows_(Tensor(a!)[] params, Tensor(b!)[] slots, {_ARGUMENTS}) -> ()",
-    tags=(torch.Tag.needs_exact_strides,),
+    tags=_TAGS,
 )
 _library.define(
     f"step_rows(Tensor[] params, Tensor[] slots, {_ARGUMENTS}) -> Tensor[]",
-    tags=(torch.Tag.needs_exact_strides,),
+    tags=_TAGS,
 )
 
 
@@ -78,7 +80,7 @@ def _launch(
     launcher.prepared(columns, scalars)()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _launcher(
     program: str, problems: tuple[Problem, ...], dtype: torch.dtype, device: torch.device
 ) -> Launcher:

@@ -19,6 +19,7 @@ from gcfunc._rows.printing import (
     is_scalar,
     statements,
 )
+from gcfunc._tensors import compiling
 from gcfunc._tensors.lists import tensor_by_tensor
 
 Formula = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
@@ -44,7 +45,7 @@ class Program:
     centralizes: bool
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def program_of(
     formula: Formula,
     dtype: torch.dtype,
@@ -71,7 +72,8 @@ def _trace(
     # One tensor for each: make_fx takes equal tensors for one input.
     tensors = [torch.zeros(2, 3, dtype=dtype, device="cpu") for _ in range(reads)]
     numbers = [torch.ones((), dtype=scalar, device="cpu") for scalar in scalars]
-    with torch.no_grad(), tensor_by_tensor():
+    # make_fx patches nn.Module for all threads.
+    with compiling.alone(), torch.no_grad(), tensor_by_tensor():
         made: Any = make_fx(formula, tracing_mode="fake")
         graph: fx.Graph = made(tensors, numbers).graph
     graph.eliminate_dead_code()
@@ -192,8 +194,9 @@ def row_mean(x, mask, count, centralized):
 
 
 def _kernel(name: str, arguments: Sequence[str], body: Sequence[str]) -> Iterator[str]:
-    # Triton would compile anew for a scalar at another address, or a width divisible by 16.
-    single = [name for name in arguments if name not in _TABLES]
+    # Triton would compile anew for a scalar at another address, or a width divisible by 16. Of the
+    # tensors' own addresses it has to know that they are.
+    single = [name for name in arguments if name.startswith(("scalar", "width", "numel"))]
     constants = [f"{name}: tl.constexpr" for name in ("VECTOR", "ALIGNED", "ROWS", "BLOCK")]
     yield from ("", "", f"@triton.jit(do_not_specialize={single!r})")
     yield f"def {name}({', '.join([*arguments, *constants])}):"

@@ -89,7 +89,7 @@ _one_by_one: Callable[[], bool] = torch.compiler.assume_constant_result(  # type
 
 def _fuses_foreach(device: torch.device) -> bool:
     """Whether multi-tensor operations become one kernel with the rest of what is computed."""
-    return device.type == "cpu" or not torch.compiler.is_compiling()
+    return device.type not in ("cuda", "xpu") or not torch.compiler.is_compiling()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -159,8 +159,12 @@ def average(xs: Tensors, keep: Tensor, ys: Tensors, take: Tensor) -> Tensors:
 
 
 def numbers_copied(numbers: Tensors) -> Tensors:
-    """Copies of 0-d tensors of one dtype: on a GPU in one launch, and so in one storage."""
-    if not numbers or numbers[0].device.type == "cpu":
+    """Copies of 0-d tensors of one dtype: on a GPU in one launch, and so in one storage.
+
+    Where autograd records, each has one of its own: writing to one would touch the others.
+    """
+    recorded = torch.is_grad_enabled() and any(number.requires_grad for number in numbers)
+    if not numbers or numbers[0].device.type == "cpu" or recorded:
         return [number.clone() for number in numbers]
     return list(torch.stack(numbers).unbind())
 

@@ -81,7 +81,7 @@ def test_gradients_laid_out_otherwise_and_moved() -> None:
         exact, exact_state = opt.step(exact, own, exact_state)
     torch.testing.assert_close(params["conv"].double(), exact["conv"], rtol=0, atol=1e-5)
     launcher = step.planned._serving[0].row_steps[0].launcher  # type: ignore[index]
-    assert len(launcher._tables) == launch.MOST_TABLES
+    assert 1 < len(launcher._tables) <= launch.MOST_TABLES
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)

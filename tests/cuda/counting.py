@@ -8,13 +8,18 @@ from torch import nn
 
 import gcfunc
 from benchmarks.cuda.generated import generated_by
+from benchmarks.cuda.registers import assembled
 from benchmarks.cuda.rows import OPERATORS
 from benchmarks.cuda.steps import eager_step, machine_code, optimizer_step
 from benchmarks.cuda_code import BEGIN, CASES, COUNTED, END, PAGE, counted, expected, table
 from benchmarks.harness.shapes import MODELS, Shapes, gpt2
 from benchmarks.peers.algorithms import COMPARED, OURS
 from gcfunc import Units
+from gcfunc._centralization.kinds import _row_by_row
 from gcfunc._rows import fit
+from gcfunc._rows.launch import compiled_in, kernels_of
+from gcfunc._rows.layout import shape_of
+from gcfunc._rows.program import program_of
 
 SMALL: Shapes = {"conv": (8, 3, 7, 7), "linear": (10, 2048), "long": (2, 9000), "bias": (10,)}
 
@@ -48,6 +53,38 @@ def test_kernels_spill_no_registers_and_read_vectors(algorithm: str) -> None:
         # Rows of 147 alone, of the stem, are read number by number.
         assert kernel.vector_loads >= 12 or kernel.blocks["VECTOR"] == 1
     assert sum(kernel.blocks["VECTOR"] == 1 for kernel in compiled) == 1
+
+
+@pytest.mark.parametrize(("width", "vector"), [(64, True), (9216, True), (63, False)])
+def test_the_kernel_for_one_gradient_reads_vectors(width: int, vector: bool) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    program = program_of(_row_by_row, torch.float32, 1, (), alone=True)
+    assert program is not None
+    shape = shape_of(width, 4 if vector else 1)
+    constants = compiled_in(shape, torch.float32)
+    warps = constants.pop("num_warps")
+    given = {"at_0": "*fp32", "at_1": "*fp32", "width": "i32", "numel": "i32"}
+    kernel = kernels_of(program.source)[shape.long]
+    # As Triton's own launcher does it: of widths it must not ask whether they are multiples.
+    named = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+    assert named == ["at_0", "at_1"]
+    binary = triton.compile(
+        ASTSource(
+            kernel,
+            given | dict.fromkeys(constants, "constexpr"),
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in range(2)},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
+    )
+    found = assembled(binary.asm["ptx"], constants, warps)
+    assert found.spilled == 0
+    assert (found.vector_loads == found.loads) is vector
+    assert (found.vector_loads > 0) is vector
 
 
 def test_depth_changes_nothing() -> None:

@@ -45,7 +45,7 @@ def test_what_is_generated(file: str) -> None:
     require_passes("0", fake.why_not(), str(HERE / file))
 
 
-@pytest.mark.parametrize("file", ["interpreting.py", "breaking.py"])
+@pytest.mark.parametrize("file", ["interpreting.py", "breaking.py", "failing.py"])
 def test_what_is_interpreted(file: str) -> None:
     require_passes("1", interpret.why_not(), str(HERE / file))
 
