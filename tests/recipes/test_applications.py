@@ -75,6 +75,16 @@ def test_settings_are_the_references(recipe: Recipe) -> None:
     assert isinstance(recipe.published, str) if published is None else recipe.published == published
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_batches_of_norms_are_told_where_several_gpus_shared_them(recipe: Recipe) -> None:
+    told = [d.reference for d in recipe.differences if "BatchNorm sees" in d.reference]
+    if recipe.application == CIFAR or recipe.network.norm == "group":
+        assert told == []
+    else:
+        (line,) = told
+        assert f"sees {recipe.batch_size // 4} images, as 4 GPUs" in line
+
+
 def test_classes() -> None:
     found = {recipe.data.kind: recipe.data.classes for recipe in RECIPES.values()}
     assert found == {

@@ -218,7 +218,7 @@ def test_beginnings(name: str) -> None:
     """At width 32, where a convolution has numbers enough to judge by."""
     start = RECIPES[name].network.start
     model = build(RECIPES[name], width=32, classes=100)
-    norms = []
+    norms: list[Tensor] = []
     for module in model.requires_grad_(False).modules():
         if isinstance(module, nn.Conv2d):
             outputs, inputs, *sides = module.weight.shape

@@ -12,10 +12,6 @@ def standardize(weight: Tensor) -> Tensor:
 
     The deviation is the unbiased one and ``EPS`` is added to it, not to the variance, as in the
     reference. By the chain rule the gradient of ``weight`` is centered.
-
-    Example:
-        >>> standardize(torch.tensor([[[[1.0, 2.0, 3.0]]]]))
-        tensor([[[[-1.0000,  0.0000,  1.0000]]]])
     """
     std, mean = torch.std_mean(weight, dim=(1, 2, 3), keepdim=True)
     return (weight - mean) / (std + EPS)
