@@ -8,8 +8,11 @@ import torch
 NEEDS = {
     "gcfunc/integrations/mmengine.py": ["mmengine"],
     "gcfunc/recipes": ["matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn"],
+    "gcfunc/recipes/networks": ["torchvision"],
     "tests/centralization/test_select_models.py": ["transformers"],
     "tests/centralization/test_select_vision.py": ["torchvision"],
+    "tests/recipes/test_networks.py": ["torchvision"],
+    "tests/recipes/test_weights.py": ["torchvision"],
 }
 """What torch alone cannot import. Doctests are sought everywhere, and importing is how."""
 

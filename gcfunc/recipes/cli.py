@@ -28,15 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = vars(_parser().parse_args(argv))
-        return _train(options)
+        run: Callable[[dict[str, Any]], int] = options.pop("run")
+        return run(options)
     except UsageError as error:
         return _fail(error, 2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        return _fail(
-            f"{error.name} is not installed; training needs: pip install 'gcfunc[recipes]'", 1
-        )
+        return _fail(f"{error.name} is not installed; this needs: pip install 'gcfunc[recipes]'", 1)
     except OSError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -72,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         # Only what was given is set, so that --resume can refuse what would contradict it.
         argument_default=argparse.SUPPRESS,
     )
+    train.set_defaults(run=_train)
     data = train.add_argument_group("data")
     data.add_argument(
         "--dataset",
@@ -170,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="go on with the experiment that was stopped in this folder; takes no other option",
     )
+    recipes = commands.add_parser(
+        "recipes",
+        help="show the classification experiments of the reference",
+        description="Show the classification experiments of the reference, or all of one.",
+    )
+    recipes.set_defaults(run=_recipes)
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="show every setting of this one")
     return parser
 
 
@@ -195,6 +202,13 @@ def _train(options: dict[str, Any]) -> int:
         console = Console(markup=False, emoji=False, highlight=False, quiet=group.rank > 0)
         stopped_by = conduct(group, console)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _recipes(options: dict[str, Any]) -> int:
+    from gcfunc.recipes import listing
+
+    listing.show(options["name"])
+    return 0
 
 
 def _integer(least: int) -> Callable[[str], int]:
