@@ -1,0 +1,38 @@
+"""Stanford Dogs."""
+
+from pathlib import Path
+
+from gcfunc.recipes.errors import UsageError
+from gcfunc.recipes.readers.index import Found, Split
+from gcfunc.recipes.readers.sources import content, holding, matlab, number, require_inside
+
+
+def read(folder: Path) -> Found | None:
+    """``Images/`` and the lists, which are in ``lists/`` or beside it."""
+    root = holding("Images", [folder, folder / "StanfordDogs"])
+    # Where they came out of the archive of that name is up to who unpacked it.
+    lists = None if root is None else holding("train_list.mat", [root / "lists", root])
+    if root is None or lists is None:
+        return None
+    numbers: dict[str, int] = {}
+    train, test = (_pairs(lists / f"{name}_list.mat", numbers) for name in ("train", "test"))
+    classes = sorted(numbers, key=lambda name: numbers[name])
+    if [numbers[name] for name in classes] != [*range(len(classes))]:
+        raise UsageError(f"{lists}: labels are not 1 to {len(classes)}, one for each folder")
+    return Found(root, classes, Split.of(root, train), Split.of(root, test))
+
+
+def _pairs(path: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
+    names, labels = matlab(content(path), path, ["file_list", "labels"])
+    if len(names) != len(labels):
+        raise UsageError(f"{path} has {len(names):,} images, but {len(labels):,} labels")
+    found = []
+    for name, label in zip(map(str, names), labels, strict=True):
+        breed = name.partition("/")[0]
+        # A list that was sorted without its labels would say the same breed in two ways.
+        if numbers.setdefault(breed, number(label, 1000, path)) != number(label, 1000, path):
+            raise UsageError(
+                f"{path} has {breed} as {label}, and elsewhere as {numbers[breed] + 1}"
+            )
+        found.append((f"Images/{require_inside(name, path)}", numbers[breed]))
+    return found
