@@ -8,8 +8,12 @@ import torch
 NEEDS = {
     "gcfunc/integrations/mmengine.py": ["mmengine"],
     "gcfunc/recipes": ["matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn"],
+    "gcfunc/recipes/batches.py": ["torchvision"],
+    "gcfunc/recipes/images.py": ["torchvision"],
     "tests/centralization/test_select_models.py": ["transformers"],
     "tests/centralization/test_select_vision.py": ["torchvision"],
+    "tests/recipes/test_batches.py": ["torchvision"],
+    "tests/recipes/test_images.py": ["torchvision"],
 }
 """What torch alone cannot import. Doctests are sought everywhere, and importing is how."""
 

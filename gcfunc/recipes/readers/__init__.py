@@ -65,5 +65,9 @@ def read(kind: str, folder: Path, *, strict: bool = True) -> Index:
         found = layout(folder)
         if found is not None:
             return checked(found, official, strict=strict)
-    known = "; or ".join(" ".join((layout.__doc__ or "").split()).rstrip(".") for layout in layouts)
+    known = "; or ".join(_words(layout) for layout in layouts)
     raise UsageError(f"{folder} is not {official.name} in a layout that is known: {known}")
+
+
+def _words(layout: _Layout) -> str:
+    return (layout.__doc__ or layout.__name__).rstrip(".").replace("``", "")

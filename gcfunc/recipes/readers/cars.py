@@ -1,4 +1,4 @@
-"""Stanford Cars, as it was first handed out, as it was later, and as others have put it up since."""
+"""Stanford Cars, as it was handed out first and later, and as others have put it up since."""
 
 from collections.abc import Sequence
 from pathlib import Path

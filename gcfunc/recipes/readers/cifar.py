@@ -93,4 +93,4 @@ def _records(raw: bytes, where: Path) -> Split:
 
 def _upright(planes: Pixels) -> Pixels:
     """Rows of pixels with their colors, from one plane a color."""
-    return planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

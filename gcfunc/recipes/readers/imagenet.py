@@ -1,7 +1,7 @@
 """ImageNet's classification task (ILSVRC 2012), as its makers and as Kaggle hand it out.
 
-Images to train on have a folder for each class in both. Those to validate with lie in one folder, and
-their classes are in a file beside them.
+Images to train on have a folder for each class in both. Those to validate with lie in one folder,
+and their classes are in a file beside them.
 """
 
 from collections.abc import Sequence

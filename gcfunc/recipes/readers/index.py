@@ -160,7 +160,7 @@ def _require_different(where: Path, train: Split, test: Split) -> None:
     different, counts = np.unique(np.concatenate(names), return_counts=True)
     if len(different) < len(train) + len(test):
         twice = os.fsdecode(different[counts.argmax()])
-        both = twice.encode() in names[0] and twice.encode() in names[1]
+        both = all(os.fsencode(twice) in split for split in names)
         raise UsageError(
             f"{where}: {twice} is listed {'both to train and to test on' if both else 'twice'}"
         )
@@ -204,7 +204,8 @@ def _unexpected(found: Found, official: Official) -> tuple[str, ...]:
     ):
         return ()
     of_them = "" if official.train is None else f", {official.train:,} of them to train on"
-    return (
+    note = (
         f"{official.name} has {official.classes} classes and {official.images:,} images{of_them}; "
-        f"{found.where} has {classes} and {train + test:,}, {train:,} of them to train on",
+        f"{found.where} has {classes} and {train + test:,}, {train:,} of them to train on"
     )
+    return (note,)

@@ -1,6 +1,6 @@
 """Mini-ImageNet for classification, from how few-shot learning hands it around.
 
-There the three parts have different classes. Classification needs every class on both sides, so that
+There the three parts have different classes. Classification needs every class on both sides, so
 the parts are put together and each class is split: five sixths to train on, a sixth to test on.
 """
 

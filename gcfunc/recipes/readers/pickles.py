@@ -10,7 +10,7 @@ import numpy as np
 from gcfunc.recipes.errors import UsageError
 
 # How NumPy makes an array before it is filled. Pickles name it by the module that it was in when
-# they were written, and importing that one from NumPy 2 warns.
+# they were written, which NumPy has moved since.
 _reconstruct = np.empty(0).__reduce__()[0]
 _ALLOWED = {
     ("numpy", "dtype"): np.dtype,
