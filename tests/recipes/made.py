@@ -9,7 +9,7 @@ import struct
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ VARIANTS = ("707-320", "Boeing 737-700", "F/A-18")
 BIRDS = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
 DOGS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel", "n02085936-Maltese_dog")
 CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Ram C/V Cargo Van 2012")
+CORNERS = ("x1", "y1", "x2", "y2")
 PER_CLASS = {"train": 3, "test": 2}
 
 
@@ -47,7 +48,7 @@ def rows(path: Path, header: Sequence[str], lines: Iterable[Sequence[str]]) -> N
 class Python2(pickle._Pickler):  # C's pickler cannot be told how to write text
     """Writes as Python 2 did: its text, and bytes, are short strings without an encoding."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = {**pickle._Pickler.dispatch}
 
     def save_string(self, obj: str | bytes) -> None:
         raw = obj.encode("latin1") if isinstance(obj, str) else obj
@@ -221,7 +222,7 @@ def cars(folder: Path, *, doubled: bool = False) -> None:
     for split in PER_CLASS:
         numbers = [label for label, _ in labelled(CARS, split)]
         names = [f"{i:05}.jpg" for i in range(1, len(numbers) + 1)]
-        boxes = {box: [1] * len(names) for box in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")}
+        boxes: dict[str, list[object]] = {f"bbox_{corner}": [1] * len(names) for corner in CORNERS}
         full = structs({**boxes, "class": [*map(np.uint8, numbers)], "fname": names})
         if split == "train":
             savemat(root / "devkit" / "cars_train_annos.mat", {"annotations": full})
@@ -235,14 +236,16 @@ def cars(folder: Path, *, doubled: bool = False) -> None:
 
 
 def cars_in_one_folder(folder: Path) -> None:
-    names, numbers, held_out = [], [], []
+    names: list[str] = []
+    numbers: list[int] = []
+    held_out: list[int] = []
     for split in PER_CLASS:
         for label, _ in labelled(CARS, split):
             names.append(f"car_ims/{len(names) + 1:06}.jpg")
             numbers.append(label)
             held_out.append(int(split == "test"))
             image(folder / names[-1])
-    columns = {"relative_im_path": names, "class": numbers, "test": held_out}
+    columns: dict[str, list[Any]] = {"relative_im_path": names, "class": numbers, "test": held_out}
     annotations = {"annotations": structs(columns), "class_names": cells(CARS)}
     savemat(folder / "cars_annos.mat", annotations)
 

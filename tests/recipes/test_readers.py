@@ -225,7 +225,7 @@ def test_other_numbers_than_were_published(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_something_else(kind: str, tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("nothing")
-    with pytest.raises(UsageError, match="not in a layout|in a layout that is known: "):
+    with pytest.raises(UsageError, match=r"not .* in a layout that is known: "):
         read(kind, tmp_path)
     with pytest.raises(UsageError, match="is not a folder"):
         read(kind, tmp_path / "nowhere")

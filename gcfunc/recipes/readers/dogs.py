@@ -30,9 +30,8 @@ def _pairs(path: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
     for name, label in zip(map(str, names), labels, strict=True):
         breed = name.partition("/")[0]
         # A list that was sorted without its labels would say the same breed in two ways.
-        if numbers.setdefault(breed, number(label, 1000, path)) != number(label, 1000, path):
-            raise UsageError(
-                f"{path} has {breed} as {label}, and elsewhere as {numbers[breed] + 1}"
-            )
+        of = number(label, 1000, path)
+        if numbers.setdefault(breed, of) != of:
+            raise UsageError(f"{path} has {breed} as {of + 1} and as {numbers[breed] + 1}")
         found.append((f"Images/{require_inside(name, path)}", numbers[breed]))
     return found

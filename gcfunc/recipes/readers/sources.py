@@ -48,7 +48,7 @@ def number(text: object, most: int, where: Path) -> int:
     except (TypeError, ValueError):
         value = 0.0
     if not (1 <= value <= most and value.is_integer()):
-        raise UsageError(f"{where} has {text!r} where a number from 1 to {most} should be")
+        raise UsageError(f"{where} has {str(text)!r} where a number from 1 to {most} should be")
     return int(value) - 1
 
 
