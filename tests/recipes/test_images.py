@@ -84,6 +84,7 @@ def test_what_training_can_make_of_an_image(name: str) -> None:
         distance = (possible - views.train(given)).abs().amax((1, 2, 3))
         assert distance.min() < 1e-5
         met.add(int(distance.argmin()))
+    assert {i % 2 for i in met} == {0, 1}, "flipped and not"
     assert len(met) > 25 if name == "cifar" else len(met) == 2
 
 

@@ -104,6 +104,18 @@ def test_flat_validation_has_the_devkits_numbers(layout: str, tmp_path: Path) ->
     assert [index.classes[label] for label in index.test.labels] == [wnids[i] for i in made.TRUTH]
 
 
+def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+    made.by_class(tmp_path)
+    before = read("imagenet", tmp_path, strict=False).digest
+    # Of macOS: attributes of a file, and of the way a folder is shown.
+    made.text(tmp_path / "train" / made.WNIDS[0] / "._n01440764_train_0.JPEG", ["x"])
+    made.text(tmp_path / "val" / ".DS_Store", ["x"])
+    made.text(tmp_path / "train" / "readme.txt", ["x"])
+    made.text(tmp_path / "train" / made.WNIDS[1] / "Thumbs.db", ["x"])
+    (tmp_path / "val" / ".cache").mkdir()
+    assert read("imagenet", tmp_path, strict=False).digest == before
+
+
 def test_cifars_archives_hold_the_same(tmp_path: Path) -> None:
     made.cifar_python(tmp_path / "a")
     made.cifar_binary(tmp_path / "b")

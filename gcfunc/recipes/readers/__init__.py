@@ -70,4 +70,5 @@ def read(kind: str, folder: Path, *, strict: bool = True) -> Index:
 
 
 def _words(layout: _Layout) -> str:
-    return (layout.__doc__ or layout.__name__).rstrip(".").replace("``", "")
+    # What a layout is, says its reader's docstring; its first sentence may go on for the curious.
+    return (layout.__doc__ or layout.__name__).partition(", as :")[0].rstrip(".").replace("``", "")

@@ -20,8 +20,7 @@ _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 
 def flat(folder: Path) -> Found | None:
     """``train/WNID/`` and a flat ``val/``, with the devkit or Kaggle's solution beside them."""
-    inner = [folder / "ILSVRC" / "Data" / "CLS-LOC", folder / "Data" / "CLS-LOC", folder]
-    root = next((p for p in inner if (p / "train").is_dir() and (p / "val").is_dir()), None)
+    root = holding("val", _places(folder))
     if root is None or not (names := folders.images(root / "val")):
         return None
     classes = folders.class_names(root / "train")
@@ -47,10 +46,12 @@ def flat(folder: Path) -> Found | None:
 
 def by_class(folder: Path) -> Found | None:
     """``train/WNID/`` and ``val/WNID/``."""
-    inner = [folder / "ILSVRC" / "Data" / "CLS-LOC", folder / "Data" / "CLS-LOC", folder]
-    # Kaggle has a test folder too, without classes.
-    root = next((place for place in inner if (place / "val").is_dir()), None)
+    root = holding("val", _places(folder))
     return None if root is None else folders.read(root)
+
+
+def _places(folder: Path) -> list[Path]:
+    return [folder / "ILSVRC" / "Data" / "CLS-LOC", folder / "Data" / "CLS-LOC", folder]
 
 
 def _solution(folder: Path) -> tuple[Path, dict[str, str]] | None:

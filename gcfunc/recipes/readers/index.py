@@ -18,7 +18,7 @@ Labels = npt.NDArray[np.int64]
 Pairs = Iterable[tuple[str, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Files:
     """Images in files, of which only the names are in memory.
 
@@ -39,7 +39,7 @@ class Files:
         return self.root / os.fsdecode(self.names[i])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Images and their classes.
 
@@ -64,7 +64,7 @@ class Split:
         return cls(Files(root, np.array(names, np.bytes_)), np.array(labels, np.int64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a folder holds, as a layout's reader understood it and before it is checked."""
 
@@ -91,9 +91,11 @@ class Official:
     train: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index:
     """A dataset that can be trained on: every file is there, and every label names a class.
+
+    Two are the same where their digests are.
 
     Attributes:
         name: For people to read.

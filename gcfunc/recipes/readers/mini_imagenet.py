@@ -22,7 +22,7 @@ _SEED = 0
 
 
 def chosen(folder: Path) -> Found | None:
-    """A split that :func:`write_split` wrote, or someone else in its format: ``split.csv``."""
+    """``split.csv`` with ``filename,label,split``, as :func:`write_split` writes it."""
     path = folder / SPLIT
     if not path.is_file():
         return None
