@@ -35,6 +35,15 @@ def packed_devkit(folder: Path) -> None:
     )
 
 
+def cars_put_up_again(folder: Path) -> None:
+    made.cars(folder, doubled=True)
+    (folder / "stanford_cars" / "car_devkit").mkdir()
+    kit = folder / "stanford_cars" / "car_devkit" / "devkit"
+    (folder / "stanford_cars" / "devkit").rename(kit)
+    labels = "cars_test_annos_withlabels.mat"
+    (folder / "stanford_cars" / labels).rename(kit / labels)
+
+
 LAYOUTS: dict[str, tuple[str, Make, tuple[str, ...]]] = {
     "python": ("cifar100", made.cifar_python, made.FINE),
     "binary": ("cifar100", made.cifar_binary, made.FINE),
@@ -47,6 +56,7 @@ LAYOUTS: dict[str, tuple[str, Make, tuple[str, ...]]] = {
     "aircraft": ("aircraft", made.aircraft, made.VARIANTS),
     "cars": ("cars", made.cars, made.CARS),
     "cars doubled": ("cars", partial(made.cars, doubled=True), made.CARS),
+    "cars put up again": ("cars", cars_put_up_again, made.CARS),
     "cars in one folder": ("cars", made.cars_in_one_folder, made.CARS),
     "dogs": ("dogs", made.dogs, made.DOGS),
     "dogs beside": ("dogs", partial(made.dogs, lists=""), made.DOGS),

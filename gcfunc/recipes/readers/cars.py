@@ -24,8 +24,7 @@ def two_folders(folder: Path) -> Found | None:
     root = holding("cars_train", [folder, folder / "stanford_cars"])
     if root is None:
         return None
-    kits = [root / "devkit", root / "car_devkit" / "devkit", root]
-    kit = holding(_META, kits)
+    kit = holding(_META, [root / "devkit", root / "car_devkit" / "devkit"])
     if kit is None:
         raise UsageError(f"{root} has no devkit/{_META}")
     # The labels of the test images came later, in a file of their own; it lies here or there.

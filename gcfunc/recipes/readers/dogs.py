@@ -9,17 +9,16 @@ from gcfunc.recipes.readers.sources import content, holding, matlab, number, req
 
 def read(folder: Path) -> Found | None:
     """``Images/`` and the lists, which are in ``lists/`` or beside it."""
-    root = holding("Images", [folder, folder / "StanfordDogs"])
     # Where they came out of the archive of that name is up to who unpacked it.
-    lists = None if root is None else holding("train_list.mat", [root / "lists", root])
-    if root is None or lists is None:
+    lists = holding("train_list.mat", [folder / "lists", folder])
+    if lists is None:
         return None
     numbers: dict[str, int] = {}
     train, test = (_pairs(lists / f"{name}_list.mat", numbers) for name in ("train", "test"))
     classes = sorted(numbers, key=lambda name: numbers[name])
     if [numbers[name] for name in classes] != [*range(len(classes))]:
         raise UsageError(f"{lists}: labels are not 1 to {len(classes)}, one for each folder")
-    return Found(root, classes, Split.of(root, train), Split.of(root, test))
+    return Found(folder, classes, Split.of(folder, train), Split.of(folder, test))
 
 
 def _pairs(path: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
