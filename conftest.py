@@ -8,9 +8,13 @@ import torch
 NEEDS = {
     "gcfunc/integrations/mmengine.py": ["mmengine"],
     "gcfunc/recipes": ["matplotlib", "mlxtend", "numpy", "rich", "scipy", "sklearn"],
+    "gcfunc/recipes/batches.py": ["torchvision"],
+    "gcfunc/recipes/images.py": ["torchvision"],
     "gcfunc/recipes/networks": ["torchvision"],
     "tests/centralization/test_select_models.py": ["transformers"],
     "tests/centralization/test_select_vision.py": ["torchvision"],
+    "tests/recipes/test_batches.py": ["torchvision"],
+    "tests/recipes/test_images.py": ["torchvision"],
     "tests/recipes/test_networks.py": ["torchvision"],
     "tests/recipes/test_weights.py": ["torchvision"],
 }
