@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -234,6 +234,7 @@ def device() -> Iterator[None]:
         # All fakes lie at the address 0, and would be taken for one tensor.
         stack.enter_context(mock.patch("gcfunc._compiled.plan._require_own_memory"))
         stack.enter_context(mock.patch("gcfunc._compiled.plan._storage", id))
+        stack.enter_context(mock.patch("gcfunc._compiled.row_step._PLAIN", frozenset({FakeTensor})))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield

@@ -30,7 +30,16 @@ def require_passes(switch: str, why_not: str | None, *arguments: str) -> None:
     if why_not is not None:
         pytest.skip(why_not)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--show-capture=no",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         cwd=HERE.parents[1],
