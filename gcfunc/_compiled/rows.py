@@ -1,4 +1,4 @@
-"""Which leaves of a step the row kernel takes, and the step of those that it does.
+"""Which leaves of a step the row kernel takes, and its program for them.
 
 On a GPU, Inductor fuses a mean with the arithmetic around it tensor by tensor only: a launch for
 each, and a minute to compile for a model of 161. The row kernel takes all of them in a handful of
