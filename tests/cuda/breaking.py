@@ -1,4 +1,4 @@
-"""That a wrong row kernel is seen. `test_cuda.py` runs this in a process of its own."""
+"""That a wrong row kernel is seen. `test_interpreted.py` runs this in a process of its own."""
 
 import pytest
 import torch

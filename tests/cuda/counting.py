@@ -1,4 +1,4 @@
-"""What gcfunc's steps launch and move. `test_cuda.py` runs this in a process of its own."""
+"""What gcfunc's steps launch and move. `test_generated.py` runs this in a process of its own."""
 
 from unittest import mock
 

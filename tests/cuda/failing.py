@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU, and leaves all as it was. `test_cuda.py` runs this by itself."""
+"""What goes wrong on a GPU, and leaves all as it was. `test_interpreted.py` runs this by itself."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is generated, counted. `test_cuda.py` runs this in a process of its own."""
+"""What is generated, counted. `test_generated.py` runs this in a process of its own."""
 
 from math import prod
 

@@ -1,4 +1,4 @@
-"""Generated kernels run by the interpreter. `test_cuda.py` runs this in a process of its own."""
+"""Generated kernels, interpreted. `test_interpreted.py` runs this in a process of its own."""
 
 from collections.abc import Callable
 from dataclasses import replace
