@@ -152,6 +152,7 @@ def only(monkeypatch: pytest.MonkeyPatch, curve: str, line: str) -> None:
     monkeypatch.setattr(scaling, "CURVES", {curve: {line: lines.CURVES[curve][line]}})
 
 
+@pytest.mark.slow
 def test_compilation_and_steps_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def test_one_by_one_where_memory_suffices_for_no_more(
     assert "(not in turns)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hooks_by_the_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
