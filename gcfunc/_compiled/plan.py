@@ -105,9 +105,10 @@ class Plan:
                 g if g is None else _local_gradient(name, g, p)
                 for name, g, p in zip(self._names, gs, self._dtensors, strict=True)
             ]
-        if any(g.is_neg() for g in gs if g is not None):
-            gs = [g if g is None else g.resolve_neg() for g in gs]
         given = [g for g in gs if g is not None]
+        if any(map(Tensor.is_neg, given)):
+            gs = [g if g is None else g.resolve_neg() for g in gs]
+            given = [g for g in gs if g is not None]
         if any(map(Tensor._is_view, given)) or not self._written.isdisjoint(
             map(Tensor.data_ptr, given)
         ):

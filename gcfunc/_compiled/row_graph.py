@@ -36,7 +36,7 @@ def update_in_graph(
         [t for values in slots.values() for t in values],
         [laid_out_like(g, p) for g, p in zip(grads, params, strict=True)],
         [*given.values()],
-        program.source,
+        program,
         [
             width_of(projection, p) or 0
             for projection, p in zip(bucket.projections, params, strict=True)
@@ -98,7 +98,7 @@ class PureRows:
                 [values[j] for values in slots.values() for j in taken],
                 [laid_out_like(grads[j], params[j]) for j in taken],
                 [state.step, *hyperparams.values()],
-                program.source,
+                program,
                 [width_of(bucket.projections[j], params[j]) or 0 for j in taken],
             )
             for i, j in enumerate(taken):

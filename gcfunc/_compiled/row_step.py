@@ -26,7 +26,6 @@ class RowStep:
     def __init__(self, bucket: Bucket, leaves: Sequence[Tensor], state: State) -> None:
         program = program_for(bucket.algorithm, bucket.dtype)
         assert program is not None
-        self.program = program
         self._bucket = bucket
         self._params = bucket.pick(leaves)
         slots = [
@@ -45,7 +44,7 @@ class RowStep:
                 offset += numel * p.element_size()
         self._is_whole = len(problems) == len(self._params)
         self._written = tuple(self._addresses(tensors) for tensors in (self._params, *slots))
-        self.launcher = Launcher(program.source, problems, bucket.dtype, bucket.device)
+        self.launcher = Launcher(program, problems, bucket.dtype, bucket.device)
 
     def _addresses(self, tensors: Tensors) -> tuple[int, ...]:
         at = tuple(t.data_ptr() for t in tensors)

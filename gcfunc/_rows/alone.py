@@ -42,7 +42,7 @@ def on_rows(formula: Formula, g: Tensor) -> Tensor | None:
     grid = (-(-problem.rows // shape.rows),)
     constants = _constants(shape, g.dtype)
     try:
-        whole, long = kernels_of(program.source)
+        whole, long = kernels_of(program)
         kernel = long if shape.long else whole
         with on_device(g.device):
             kernel[grid](g, new, problem.row, problem.numel, **constants)

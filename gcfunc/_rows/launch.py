@@ -93,11 +93,6 @@ class Launcher:
             for kernel, grid, programs, shapes, constants in table.runs:
                 kernel[grid](programs, shapes, table.addresses, *scalars, **constants)
 
-    def launches(self, aligned: bool = True) -> list[Launch]:
-        """What is launched where addresses are multiples of 16 bytes, or none is."""
-        each = [aligned] * len(self.problems)
-        return launches(self.problems, each, self.dtype.itemsize)
-
     def _table(self, columns: Addresses, scalars: Sequence[Tensor]) -> _Table:
         """The table on the device, and what to run with it."""
         addresses, aligned = _on(self.device, _rows_of(columns)), _aligned(columns)

@@ -31,27 +31,13 @@ _library.define(
 )
 
 
-def _step_rows_(
-    params: Sequence[Tensor],
-    slots: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    scalars: Sequence[Tensor],
-    program: str,
-    widths: Sequence[int],
-) -> None:
-    _launch([*params, *slots], [*params, *slots], grads, scalars, program, widths)
+def _step_rows_(params: Sequence[Tensor], slots: Sequence[Tensor], *rest: Any) -> None:
+    _launch([*params, *slots], [*params, *slots], *rest)
 
 
-def _step_rows(
-    params: Sequence[Tensor],
-    slots: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    scalars: Sequence[Tensor],
-    program: str,
-    widths: Sequence[int],
-) -> list[Tensor]:
+def _step_rows(params: Sequence[Tensor], slots: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     new = _like(params, slots)
-    _launch([*params, *slots], new, grads, scalars, program, widths)
+    _launch([*params, *slots], new, *rest)
     return new
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,23 +25,8 @@ Formula = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 """``(tensors of one shape, 0-d scalars) -> the new tensors``, row by row."""
 
 
-@dataclass(frozen=True)
-class Program:
-    """Triton source, and how it is called.
-
-    Attributes:
-        source: Of a module with the kernels ``whole_rows`` and ``long_rows``.
-        reads: How many tensors each problem reads.
-        writes: How many it writes.
-        scalars: How many scalars all problems read.
-        centralizes: Whether there is a mean in it.
-    """
-
-    source: str
-    reads: int
-    writes: int
-    scalars: int
-    centralizes: bool
+Program = str
+"""Triton source of a module with the kernels ``whole_rows`` and ``long_rows``."""
 
 
 @lru_cache(maxsize=64)
@@ -149,7 +133,7 @@ def _printed(graph: fx.Graph, dtype: torch.dtype, reads: int, alone: bool) -> Pr
         *_kernel("whole_rows", arguments, [*head, *whole]),
         *_kernel("long_rows", arguments, [*head, *long]),
     ]
-    return Program("\n".join([*lines, ""]), reads, len(results), len(scalars), bool(means))
+    return "\n".join([*lines, ""])
 
 
 def _pointer(i: int, columns: int, dtype: torch.dtype, alone: bool) -> str:

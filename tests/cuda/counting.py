@@ -67,7 +67,7 @@ def test_the_kernel_for_one_gradient_reads_vectors(width: int, vector: bool) -> 
     constants = compiled_in(shape, torch.float32)
     warps = constants.pop("num_warps")
     given = {"at_0": "*fp32", "at_1": "*fp32", "width": "i32", "numel": "i32"}
-    kernel = kernels_of(program.source)[shape.long]
+    kernel = kernels_of(program)[shape.long]
     # As Triton's own launcher does it: of widths it must not ask whether they are multiples.
     named = [p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
     assert named == ["at_0", "at_1"]

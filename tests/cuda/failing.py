@@ -208,3 +208,17 @@ def test_scalars_on_another_device_or_of_another_dtype(monkeypatch: pytest.Monke
     moved = launch.near(scalars, torch.device("meta"))
     assert [t.dtype for t in moved] == [torch.int64, torch.float64, torch.float64]
     assert launch.near(scalars, torch.device("cpu")) is scalars
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_gradient_that_a_process_still_waits_for() -> None:
+    """Its own address is 0."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    params, grads = made()
+    opt = gcfunc.sgd(0.1, 0.9, gc="gc")
+    want, _ = opt.step(params, grads, opt.init(params))
+    pending: Any = AsyncCollectiveTensor(grads["weight"])
+    assert pending.data_ptr() == 0
+    gcfunc.compile(opt).step(params, grads | {"weight": pending}, opt.init(params))
+    torch.testing.assert_close(params["weight"], want["weight"])
