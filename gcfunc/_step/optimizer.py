@@ -65,8 +65,9 @@ class Optimizer(Grouped):
         )
 
     def step(self, params: Tree, grads: Tree, state: State) -> tuple[Tree, State]:
-        """One step: new params and new state. Nothing is written, and nothing returned shares
-        memory with an argument.
+        """One step: new params and new state.
+
+        Nothing is written, and nothing returned shares memory with an argument.
 
         The step is differentiable. In a training loop run it under ``torch.no_grad()``, or on
         detached params: with params that require grad, autograd records every step upon the one
